@@ -1,0 +1,1 @@
+"""Block-scaled FP8 and grouped matmul kernels in Pallas; imports jax only."""

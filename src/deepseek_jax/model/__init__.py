@@ -1,0 +1,1 @@
+"""The transformer, one file per section of the paper."""

@@ -1,0 +1,1 @@
+"""Losses, optimizer, training step and loop."""

@@ -1,0 +1,14 @@
+"""Shapes and types of every public function are checked at run time in all tests."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+_FLAG = "--xla_force_host_platform_device_count"
+if _FLAG not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}=8"
+
+from jaxtyping import install_import_hook  # noqa: E402
+
+install_import_hook(["deepseek_jax", "pallas_kernels"], "beartype.beartype")
