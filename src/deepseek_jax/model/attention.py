@@ -1,0 +1,163 @@
+"""Multi-head Latent Attention (V2 section 2.1; V3 section 2.1.1, Eqs. 1-11).
+
+Two forms of the same function. *Expanded*, for training and prefill: every head's keys and
+values are unfolded from the latent. *Absorbed*, for decoding: the unfolding matrices are folded
+into the query and the output, so that only the latent (R + P numbers a token) is ever read.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from deepseek_jax.config import LATENT_NORM_EPS
+from deepseek_jax.model.layers import ParamModule, dot, rms_norm
+from deepseek_jax.model.rope import apply_rope
+
+# Scores exist for this many query positions at a time: [B, N, 512, S] and not [B, N, T, S].
+QUERY_CHUNK = 512
+
+
+class Positions(NamedTuple):
+    """What attention needs to know of the rows: rotations and who may see whom."""
+
+    cos_BTp: Float[Array, "B T p"]
+    sin_BTp: Float[Array, "B T p"]
+    segment_ids_BT: Int[Array, "B T"]
+
+
+class LayerCache(NamedTuple):
+    """One layer's part of ``KVCache``."""
+
+    c_kv_BSR: Float[Array, "B S R"]
+    k_pe_BSP: Float[Array, "B S P"]
+
+
+def attend(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BTNH: Float[Array, "B T N H"],
+    v_BTNO: Float[Array, "B T N O"],
+    segment_ids_BT: Int[Array, "B T"],
+    scale: float,
+) -> Float[Array, "B T N O"]:
+    """Causal softmax attention within segments (V3 Eq. 10); scores and softmax in float32."""
+    T = q_BTNH.shape[1]
+
+    def chunk(start: jax.Array, size: int) -> jax.Array:
+        q = jax.lax.dynamic_slice_in_dim(q_BTNH, start, size, axis=1)
+        segment = jax.lax.dynamic_slice_in_dim(segment_ids_BT, start, size, axis=1)
+        causal = (start + jnp.arange(size))[:, None] >= jnp.arange(T)[None, :]
+        seen = causal & (segment[:, :, None] == segment_ids_BT[:, None, :])
+        scores = jnp.einsum("btnh,bsnh->bnts", q, k_BTNH, preferred_element_type=jnp.float32)
+        probs = jax.nn.softmax(jnp.where(seen[:, None], scores * scale, -jnp.inf), axis=-1)
+        return jnp.einsum("bnts,bsno->btno", probs.astype(v_BTNO.dtype), v_BTNO)
+
+    if T <= QUERY_CHUNK:
+        return chunk(jnp.int32(0), T)
+    whole = T // QUERY_CHUNK * QUERY_CHUNK
+    # Without the checkpoint the loop would keep every chunk's scores for the backward pass.
+    body = jax.checkpoint(lambda start: chunk(start, QUERY_CHUNK))
+    out = jax.lax.map(body, jnp.arange(0, whole, QUERY_CHUNK))
+    out = jnp.moveaxis(out, 0, 1).reshape(q_BTNH.shape[0], whole, *v_BTNO.shape[2:])
+    if whole < T:
+        out = jnp.concatenate([out, chunk(jnp.int32(whole), T - whole)], axis=1)
+    return out
+
+
+def attend_latent(
+    q_nope_BTNR: Float[Array, "B T N R"],
+    q_pe_BTNP: Float[Array, "B T N P"],
+    cache: LayerCache,
+    first_B: Int[Array, "B"],
+    scale: float,
+) -> Float[Array, "B T N R"]:
+    """Attention over the latent cache with absorbed queries: one "KV head" of width R + P.
+
+    Query t of row b sits in slot ``first_B[b] + t`` and sees the slots up to its own.
+    """
+    c_kv, k_pe = (x.astype(q_pe_BTNP.dtype) for x in cache)
+    scores = jnp.einsum("btnr,bsr->bnts", q_nope_BTNR, c_kv, preferred_element_type=jnp.float32)
+    scores += jnp.einsum("btnp,bsp->bnts", q_pe_BTNP, k_pe, preferred_element_type=jnp.float32)
+    T, S = scores.shape[2:]
+    last_BT = first_B[:, None] + jnp.arange(T)
+    seen_BTS = jnp.arange(S) <= last_BT[..., None]
+    probs = jax.nn.softmax(jnp.where(seen_BTS[:, None], scores * scale, -jnp.inf), axis=-1)
+    return jnp.einsum("bnts,bsr->btnr", probs.astype(c_kv.dtype), c_kv)
+
+
+class MLA(ParamModule):
+    """Multi-head Latent Attention; parameter names are those of DeepSeek's inference code."""
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        positions: Positions,
+        cache: LayerCache | None = None,
+        first_B: Int[Array, "B"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+        """Expanded over the row itself, or absorbed over ``cache``, to which the row is added."""
+        c, precision = self.config, self.precision
+        N, C, O = c.num_attention_heads, c.qk_nope_head_dim, c.v_head_dim
+        D, R, P = c.hidden_size, c.kv_lora_rank, c.qk_rope_head_dim
+
+        q_BTNH = self._queries(x_BTD)
+        q_pe_BTNP = apply_rope(q_BTNH[..., C:], positions.cos_BTp, positions.sin_BTp)
+
+        wkv_a_DX = self.weight("wkv_a", (D, R + P), ("embed", "kv_lora"))  # Eqs. 1 and 3
+        latent = checkpoint_name(dot("btd,dx->btx", x_BTD, wkv_a_DX, precision), "mla_latent")
+        # Only c_kv is normalised; k_pe is shared by all heads.
+        c_kv_BTR = rms_norm(latent[..., :R], self.scale("kv_norm", R), LATENT_NORM_EPS)
+        k_pe_BTNP = apply_rope(latent[:, :, None, R:], positions.cos_BTp, positions.sin_BTp)
+
+        wkv_b_RNX = self.weight("wkv_b", (R, N, C + O), ("kv_lora", "heads", "head_dim"))
+        wo_NOD = self.weight("wo", (N, O, D), ("heads", "head_dim", "embed"))
+        if cache is None:
+            kv_BTNX = dot("btr,rnx->btnx", c_kv_BTR, wkv_b_RNX, precision)  # Eqs. 2 and 5
+            k_pe = jnp.broadcast_to(k_pe_BTNP, (*k_pe_BTNP.shape[:2], N, P))
+            q = jnp.concatenate([q_BTNH[..., :C], q_pe_BTNP], axis=-1)
+            k = jnp.concatenate([kv_BTNX[..., :C], k_pe], axis=-1)
+            out = attend(q, k, kv_BTNX[..., C:], positions.segment_ids_BT, c.softmax_scale)
+        else:
+            assert first_B is not None
+            cache = write_cache(cache, c_kv_BTR, k_pe_BTNP[:, :, 0], first_B)
+            q_nope = dot("btnc,rnc->btnr", q_BTNH[..., :C], wkv_b_RNX[..., :C], precision)
+            out = attend_latent(q_nope, q_pe_BTNP, cache, first_B, c.softmax_scale)
+            out = dot("btnr,rno->btno", out, wkv_b_RNX[..., C:], precision)
+        out = checkpoint_name(out, "mla_heads")
+        return dot("btno,nod->btd", out, wo_NOD, precision), cache  # Eq. 11
+
+    def _queries(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T N H"]:
+        c = self.config
+        D, Q, N, H = c.hidden_size, c.q_lora_rank, c.num_attention_heads, c.qk_head_dim
+        if Q is None:
+            wq_DNH = self.weight("wq", (D, N, H), ("embed", "heads", "head_dim"))
+            return dot("btd,dnh->btnh", x_BTD, wq_DNH, self.precision)
+        wq_a_DQ = self.weight("wq_a", (D, Q), ("embed", "q_lora"))
+        wq_b_QNH = self.weight("wq_b", (Q, N, H), ("q_lora", "heads", "head_dim"))
+        c_q = checkpoint_name(dot("btd,dq->btq", x_BTD, wq_a_DQ, self.precision), "mla_latent")
+        c_q = rms_norm(c_q, self.scale("q_norm", Q), LATENT_NORM_EPS)
+        return dot("btq,qnh->btnh", c_q, wq_b_QNH, self.precision)  # Eqs. 6-8
+
+
+def write_cache(
+    cache: LayerCache,
+    c_kv_BTR: Float[Array, "B T R"],
+    k_pe_BTP: Float[Array, "B T P"],
+    first_B: Int[Array, "B"],
+) -> LayerCache:
+    """The cache with T new tokens per row, put in from slot ``first_B`` on."""
+
+    def write(slots_SX: jax.Array, new_TX: jax.Array, first: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(slots_SX, new_TX, first, axis=0)
+
+    new = (c_kv_BTR, k_pe_BTP)
+    return LayerCache(
+        *(
+            jax.vmap(write)(old, x.astype(old.dtype), first_B)
+            for old, x in zip(cache, new, strict=True)
+        )
+    )

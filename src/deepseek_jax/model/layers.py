@@ -1,0 +1,76 @@
+"""What every block is made of: matmul with the precision policy, RMSNorm, SwiGLU, parameters."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+from deepseek_jax.config import ModelConfig, Precision
+
+
+def dot(
+    equation: str, x: Float[Array, "..."], w: Float[Array, "..."], precision: Precision
+) -> Float[Array, "..."]:
+    """Einsum in the compute dtype, summed in the accumulation dtype."""
+    dtype = precision.compute_dtype
+    out = jnp.einsum(
+        equation,
+        x.astype(dtype),
+        w.astype(dtype),
+        preferred_element_type=jnp.dtype(precision.accumulate),
+    )
+    return out.astype(dtype)
+
+
+def rms_norm(
+    x: Float[Array, "*B D"], scale_D: Float[Array, "D"], eps: float
+) -> Float[Array, "*B D"]:
+    """X / sqrt(mean(x^2) + eps) * scale, in float32 (Zhang and Sennrich, 2019)."""
+    x32 = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return (x32 * inverse * scale_D).astype(x.dtype)
+
+
+def swiglu(
+    gate: Float[Array, "*B F"], up: Float[Array, "*B F"], precision: Precision
+) -> Float[Array, "*B F"]:
+    """silu(gate) * up (Shazeer, 2020)."""
+    out = jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
+    return out.astype(precision.compute_dtype)
+
+
+class ParamModule(nn.Module):
+    """A module that only declares parameters: shape, logical axes and initial value in one line."""
+
+    config: ModelConfig
+    precision: Precision
+
+    def weight(self, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> jax.Array:
+        """A matrix drawn from N(0, initializer_range^2) (V3 section 4.2)."""
+        init = nn.initializers.normal(self.config.initializer_range, self.precision.param_dtype)
+        return self.param(name, nn.with_partitioning(init, axes), shape)
+
+    def scale(self, name: str, size: int) -> jax.Array:
+        """The gain of an RMSNorm, initially 1."""
+        init = nn.initializers.ones_init()
+        return self.param(
+            name, nn.with_partitioning(init, ("norm",)), (size,), self.precision.param_dtype
+        )
+
+
+class FeedForward(ParamModule):
+    """Dense SwiGLU FFN, w2(silu(w1 x) * w3 x); also the shared experts, side by side as one."""
+
+    width: int = 0
+
+    @nn.compact
+    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Apply the FFN to every position."""
+        D, F = self.config.hidden_size, self.width
+        w1_DF = self.weight("w1", (D, F), ("embed", "mlp"))
+        w3_DF = self.weight("w3", (D, F), ("embed", "mlp"))
+        w2_FD = self.weight("w2", (F, D), ("mlp", "embed"))
+        gate = checkpoint_name(dot("btd,df->btf", x_BTD, w1_DF, self.precision), "ffn_gate")
+        up = checkpoint_name(dot("btd,df->btf", x_BTD, w3_DF, self.precision), "ffn_up")
+        return dot("btf,fd->btd", swiglu(gate, up, self.precision), w2_FD, self.precision)

@@ -1,0 +1,235 @@
+"""DeepSeekMoE: routing (V3 section 2.1.2; V2 section 2.2), balance losses, dropless dispatch."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Int
+
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.model.layers import FeedForward, ParamModule, swiglu
+from pallas_kernels.grouped_matmul import grouped_matmul
+
+
+class Routing(NamedTuple):
+    """The router's decision; a token here is one position of one row."""
+
+    weights_BTK: Float[Array, "B T K"]
+    """Gates g of the chosen experts (V3 Eq. 13)."""
+    experts_BTK: Int[Array, "B T K"]
+    scores_BTE: Float[Array, "B T E"]
+    """Affinities s of all experts, before the bias (V3 Eq. 15)."""
+
+
+class Balance(NamedTuple):
+    """What a MoE layer reports beside its output."""
+
+    load_E: Int[Array, "E"]
+    """Tokens per expert, padding not counted."""
+    loss: Float[Array, ""]
+    """Balance losses, already multiplied by their alphas."""
+
+
+def route(
+    logits_BTE: Float[Array, "B T E"], bias_E: Float[Array, "E"], config: ModelConfig
+) -> Routing:
+    """Choose K experts per token (V3 Eqs. 12-16; V2 section 2.2.2). All in float32.
+
+    ``bias_E`` steers the choice and never the gate. V2's methods take no bias.
+    """
+    v3 = config.topk_method == "noaux_tc"
+    logits_BTE = logits_BTE.astype(jnp.float32)
+    scores = jax.nn.sigmoid(logits_BTE) if v3 else jax.nn.softmax(logits_BTE, axis=-1)
+    choice = scores + bias_E if v3 else scores
+    if config.n_group > 1:
+        choice = jnp.where(reachable(choice, config), choice, -jnp.inf)
+    _, experts_BTK = jax.lax.top_k(jax.lax.stop_gradient(choice), config.num_experts_per_tok)
+    gates = jnp.take_along_axis(scores, experts_BTK, axis=-1)
+    if config.norm_topk_prob:
+        gates = gates / (gates.sum(-1, keepdims=True) + 1e-20)
+    return Routing(gates * config.routed_scaling_factor, experts_BTK, scores)
+
+
+def reachable(choice_BTE: Float[Array, "B T E"], config: ModelConfig) -> Bool[Array, "B T E"]:
+    """Node-limited routing: the experts in each token's best ``topk_group`` groups.
+
+    A group's score is the sum of its two best experts in V3 (K_r/M = 2) and its best in V2.
+    """
+    G = config.n_group
+    grouped = choice_BTE.reshape(*choice_BTE.shape[:-1], G, -1)
+    best = 2 if config.topk_method == "noaux_tc" else 1
+    group_scores = jax.lax.top_k(grouped, best)[0].sum(-1)
+    _, kept = jax.lax.top_k(group_scores, config.topk_group)
+    kept_BTG = jax.nn.one_hot(kept, G, dtype=jnp.bool_).any(-2)
+    return jnp.repeat(kept_BTG, config.n_routed_experts // G, axis=-1)
+
+
+def balance(routing: Routing, valid_BT: Bool[Array, "B T"], config: ModelConfig) -> Balance:
+    """The load of every expert, and the balance losses of this layer."""
+    E = config.n_routed_experts
+    chosen_BTE = jax.nn.one_hot(routing.experts_BTK, E, dtype=jnp.float32).sum(-2)
+    chosen_BTE = chosen_BTE * valid_BT[..., None]
+    load_E = chosen_BTE.sum((0, 1)).astype(jnp.int32)
+    v3 = config.topk_method == "noaux_tc"
+    loss = (sequence_loss if v3 else v2_losses)(routing.scores_BTE, chosen_BTE, valid_BT, config)
+    return Balance(load_E, loss)
+
+
+def sequence_loss(
+    scores_BTE: Float[Array, "B T E"],
+    chosen_BTE: Float[Array, "B T E"],
+    valid_BT: Bool[Array, "B T"],
+    config: ModelConfig,
+) -> Float[Array, ""]:
+    """Complementary sequence-wise balance loss (V3 Eqs. 17-20), mean over the sequences.
+
+    As printed, f counts the top K of the *unbiased* affinities, so the loss pushes against the
+    router's own imbalance and not against the one that the bias has already mended;
+    ``chosen_BTE``, the biased choice, is not looked at.
+    """
+    del chosen_BTE
+    E, K = config.n_routed_experts, config.num_experts_per_tok
+    _, top_BTK = jax.lax.top_k(jax.lax.stop_gradient(scores_BTE), K)
+    counted_BTE = jax.nn.one_hot(top_BTK, E, dtype=jnp.float32).sum(-2) * valid_BT[..., None]
+    share_BTE = scores_BTE / (scores_BTE.sum(-1, keepdims=True) + 1e-20)  # Eq. 19
+    f_BE, P_BE = _fractions(counted_BTE, share_BTE, valid_BT, config)
+    return config.aux_loss_alpha * (f_BE * P_BE).sum(-1).mean()
+
+
+def v2_losses(
+    scores_BTE: Float[Array, "B T E"],
+    chosen_BTE: Float[Array, "B T E"],
+    valid_BT: Bool[Array, "B T"],
+    config: ModelConfig,
+) -> Float[Array, ""]:
+    """Expert-, device- and communication-level losses (V2 Eqs. 23-31); groups are devices."""
+    B, G = scores_BTE.shape[0], config.n_group
+    f_BE, P_BE = _fractions(chosen_BTE, scores_BTE, valid_BT, config)
+    loss = config.aux_loss_alpha * (f_BE * P_BE).sum(-1).mean()
+    P_BG = P_BE.reshape(-1, G, config.n_routed_experts // G).sum(-1)
+    if config.device_loss_alpha:
+        f_BG = f_BE.reshape(*P_BG.shape, -1).mean(-1)
+        loss += config.device_loss_alpha * (f_BG * P_BG).sum(-1).mean()
+    if config.communication_loss_alpha:
+        sent_BTG = chosen_BTE.reshape(B, -1, G, config.n_routed_experts // G).any(-1)
+        tokens_BG = _per_row(sent_BTG.astype(jnp.float32), config)
+        valid_B1 = _per_row(valid_BT[..., None].astype(jnp.float32), config)
+        f_BG = tokens_BG * G / (config.topk_group * jnp.maximum(valid_B1, 1))
+        loss += config.communication_loss_alpha * (f_BG * P_BG).sum(-1).mean()
+    return loss
+
+
+def _fractions(
+    counted_BTE: jax.Array, share_BTE: jax.Array, valid_BT: jax.Array, config: ModelConfig
+) -> tuple[jax.Array, jax.Array]:
+    """Eq. 18 (f: E/K times the share of tokens that chose i) and Eq. 20 (P: mean affinity)."""
+    E, K = config.n_routed_experts, config.num_experts_per_tok
+    tokens_B1 = jnp.maximum(_per_row(valid_BT[..., None].astype(jnp.float32), config), 1)
+    f_BE = _per_row(counted_BTE, config) * E / (K * tokens_B1)
+    P_BE = _per_row(share_BTE * valid_BT[..., None], config) / tokens_B1
+    return jax.lax.stop_gradient(f_BE), P_BE
+
+
+def _per_row(x_BTX: jax.Array, config: ModelConfig) -> jax.Array:
+    """Sum within each sequence, or (``seq_aux=False``) over the micro-batch as one sequence."""
+    return x_BTX.sum(1) if config.seq_aux else x_BTX.sum((0, 1))[None]
+
+
+def updated_bias(
+    bias_LE: Float[Array, "L E"], load_LE: Int[Array, "L E"], speed: Float[Array, ""] | float
+) -> Float[Array, "L E"]:
+    """Auxiliary-loss-free balancing: b += gamma * sign(mean load - load) (V3 section 2.1.2).
+
+    ``load_LE`` must be the whole step's, over all data shards and micro-batches.
+    """
+    load = load_LE.astype(jnp.float32)
+    return bias_LE + speed * jnp.sign(load.mean(-1, keepdims=True) - load)
+
+
+# --- dispatch --------------------------------------------------------------------------------
+
+
+@jax.custom_vjp
+def dispatch(
+    x_TD: Float[Array, "T D"], order_M: Int[Array, "M"], inverse_M: Int[Array, "M"]
+) -> Float[Array, "M D"]:
+    """One copy of each token per chosen expert, in the order ``order_M`` of (token, choice).
+
+    A gather whose gradient is again a gather: autodiff's would be a scatter-add, which is
+    serial on CPU and atomic on GPU.
+    """
+    return x_TD[order_M // (len(order_M) // len(x_TD))]
+
+
+def _dispatch_fwd(x_TD, order_M, inverse_M):
+    return dispatch(x_TD, order_M, inverse_M), (inverse_M, len(x_TD))
+
+
+def _dispatch_bwd(residuals, dy_MD):
+    inverse_M, T = residuals
+    return dy_MD[inverse_M].reshape(T, -1, dy_MD.shape[-1]).sum(1), None, None
+
+
+dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
+
+
+@jax.custom_vjp
+def permute(
+    x_MD: Float[Array, "M D"], order_M: Int[Array, "M"], inverse_M: Int[Array, "M"]
+) -> Float[Array, "M D"]:
+    """Row i of the result is row ``order_M[i]``; the gradient gathers by the inverse."""
+    return x_MD[order_M]
+
+
+permute.defvjp(
+    lambda x_MD, order_M, inverse_M: (x_MD[order_M], inverse_M),
+    lambda inverse_M, dy_MD: (dy_MD[inverse_M], None, None),
+)
+
+
+class MoE(ParamModule):
+    """Routed experts plus shared experts (V3 Eq. 12). Dropless: every choice is computed."""
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], bias_E: Float[Array, "E"], valid_BT: Bool[Array, "B T"]
+    ) -> tuple[Float[Array, "B T D"], Balance]:
+        """Output of the layer, and the loads and losses that balance it."""
+        c = self.config
+        D, E = c.hidden_size, c.n_routed_experts
+        gate_DE = self.weight("gate", (D, E), ("embed", None))
+        # V3 section 3.3.1 and Hugging Face: the gate is computed in float32 throughout.
+        logits_BTE = jnp.einsum(
+            "btd,de->bte", x_BTD.astype(jnp.float32), gate_DE.astype(jnp.float32)
+        )
+        routing = route(logits_BTE, bias_E, c)
+        routed = self._experts(x_BTD.reshape(-1, D), routing).reshape(x_BTD.shape)
+        if c.n_shared_experts:
+            width = c.n_shared_experts * c.moe_intermediate_size
+            routed += FeedForward(c, self.precision, width=width, name="shared_experts")(x_BTD)
+        return routed, balance(routing, valid_BT, c)
+
+    def _experts(self, x_TD: jax.Array, routing: Routing) -> jax.Array:
+        """Sort by expert, grouped SwiGLU, weighted un-sort."""
+        c, dtype = self.config, self.precision.compute_dtype
+        D, F, E = c.hidden_size, c.moe_intermediate_size, c.n_routed_experts
+        w1_EDF = self.weight("w1", (E, D, F), ("expert", "embed", "mlp")).astype(dtype)
+        w3_EDF = self.weight("w3", (E, D, F), ("expert", "embed", "mlp")).astype(dtype)
+        w2_EFD = self.weight("w2", (E, F, D), ("expert", "mlp", "embed")).astype(dtype)
+
+        choices_M = routing.experts_BTK.reshape(-1)
+        order_M = jnp.argsort(choices_M, stable=True)
+        inverse_M = jnp.argsort(order_M)
+        group_sizes_E = jnp.bincount(choices_M, length=E).astype(jnp.int32)
+
+        x_MD = dispatch(x_TD.astype(dtype), order_M, inverse_M)
+        gate = checkpoint_name(grouped_matmul(x_MD, w1_EDF, group_sizes_E), "ffn_gate")
+        up = checkpoint_name(grouped_matmul(x_MD, w3_EDF, group_sizes_E), "ffn_up")
+        y_MD = grouped_matmul(swiglu(gate, up, self.precision), w2_EFD, group_sizes_E)
+        y_TKD = permute(y_MD, inverse_M, order_M).reshape(len(x_TD), -1, D)
+        weights_TK = routing.weights_BTK.reshape(len(x_TD), -1)
+        return jnp.einsum(
+            "tkd,tk->td", y_TKD, weights_TK.astype(dtype), preferred_element_type=jnp.float32
+        ).astype(dtype)

@@ -1,0 +1,50 @@
+"""Multi-token prediction (V3 section 2.2, Eqs. 21-25)."""
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from deepseek_jax.model.attention import Positions
+from deepseek_jax.model.layers import ParamModule, dot, rms_norm
+from deepseek_jax.model.moe import Balance
+
+
+def shift_left(x_BT: Int[Array, "B T"] | Float[Array, "B T"], by: int) -> Array:
+    """x[i + by] at position i; zeros where the row ends."""
+    if by == 0:
+        return x_BT
+    return jnp.pad(x_BT[:, by:], ((0, 0), (0, by)))
+
+
+class MTPModule(ParamModule):
+    """Module k: from depth k-1's hidden state and the embedding of token i+k, to depth k's.
+
+    The embedding and the output head are the main model's. ``h`` is taken before the main
+    model's final norm, as torchtitan and MaxText do; the report does not say.
+    """
+
+    block: type[nn.Module] = nn.Module
+
+    @nn.compact
+    def __call__(
+        self,
+        h_BTD: Float[Array, "B T D"],
+        next_embedding_BTD: Float[Array, "B T D"],
+        bias_E: Float[Array, "E"],
+        positions: Positions,
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"], Balance]:
+        """(h of this depth, its normed copy for the shared head, balance of its MoE layer)."""
+        D, eps = self.config.hidden_size, self.config.rms_norm_eps
+        # The report prints [hidden; embedding]; the released weights are [embedding; hidden].
+        both = jnp.concatenate(
+            [
+                rms_norm(next_embedding_BTD, self.scale("enorm", D), eps),
+                rms_norm(h_BTD, self.scale("hnorm", D), eps),
+            ],
+            axis=-1,
+        )
+        eh_proj = self.weight("eh_proj", (2 * D, D), (None, "embed"))
+        h_BTD = dot("btx,xd->btd", both, eh_proj, self.precision)  # Eq. 21
+        block = self.block(self.config, self.precision, use_moe=True, name="block")
+        h_BTD, (_, balance) = block(h_BTD, (bias_E, None), positions, None)  # Eq. 22
+        return h_BTD, rms_norm(h_BTD, self.scale("norm", D), eps), balance

@@ -1,0 +1,61 @@
+"""Rotary position embedding (Su et al., 2021) with YaRN (Peng et al., 2023; V3 section 4.3).
+
+Pairs are split in halves (element i with i + P/2). Released checkpoints pair neighbours
+(2i with 2i + 1); ``convert.py`` permutes their rows once, so nothing is shuffled here.
+"""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from deepseek_jax.config import ModelConfig, Yarn, yarn_mscale
+
+
+def inverse_frequencies(config: ModelConfig) -> Float[np.ndarray, "P/2"]:
+    """Radians per position of each pair: theta^(-2i/P), stretched by YaRN where it is on."""
+    P = config.qk_rope_head_dim
+    freq = config.rope_theta ** (-np.arange(0, P, 2, dtype=np.float64) / P)
+    if config.rope_scaling is not None:
+        freq = _yarn(freq, config.rope_theta, P, config.rope_scaling)
+    return freq.astype(np.float32)
+
+
+def _yarn(freq: np.ndarray, theta: float, P: int, yarn: Yarn) -> np.ndarray:
+    """Interpolate slow pairs by ``factor``, keep fast ones, ramp linearly between."""
+
+    def pair_turning(rotations: float) -> float:
+        """The pair that makes so many full rotations over the original context."""
+        context = yarn.original_max_position_embeddings
+        return P * math.log(context / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = max(math.floor(pair_turning(yarn.beta_fast)), 0)
+    high = min(math.ceil(pair_turning(yarn.beta_slow)), P - 1)
+    # K2 has beta_fast = beta_slow; the released code then widens an empty ramp by this much.
+    width = (high - low) or 0.001
+    ramp = np.clip((np.arange(P // 2) - low) / width, 0, 1)
+    return freq / yarn.factor * ramp + freq * (1 - ramp)
+
+
+def rope_tables(
+    config: ModelConfig, positions_BT: Int[Array, "B T"]
+) -> tuple[Float[Array, "B T P/2"], Float[Array, "B T P/2"]]:
+    """Cosines and sines of every position, float32 (bfloat16 angles lose position past 256)."""
+    angles = positions_BT[..., None].astype(jnp.float32) * inverse_frequencies(config)
+    magnitude = 1.0
+    if (yarn := config.rope_scaling) is not None:
+        magnitude = yarn_mscale(yarn.factor, yarn.mscale) / yarn_mscale(
+            yarn.factor, yarn.mscale_all_dim
+        )
+    return jnp.cos(angles) * magnitude, jnp.sin(angles) * magnitude
+
+
+def apply_rope(
+    x_BTNP: Float[Array, "B T N P"], cos_BTp: Float[Array, "B T p"], sin_BTp: Float[Array, "B T p"]
+) -> Float[Array, "B T N P"]:
+    """Rotate each pair (x1, x2) by its angle; p = P/2. Computed in float32."""
+    x1, x2 = jnp.split(x_BTNP.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos_BTp[:, :, None], sin_BTp[:, :, None]
+    rotated = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
+    return rotated.astype(x_BTNP.dtype)

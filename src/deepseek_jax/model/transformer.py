@@ -1,0 +1,311 @@
+"""The whole model: embedding, dense layers, MoE layers, head, MTP modules (V3 section 2)."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from deepseek_jax.config import FLOAT32, ModelConfig, Precision, RematPolicy
+from deepseek_jax.model.attention import MLA, LayerCache, Positions
+from deepseek_jax.model.layers import FeedForward, ParamModule, rms_norm
+from deepseek_jax.model.moe import Balance, MoE
+from deepseek_jax.model.mtp import MTPModule, shift_left
+from deepseek_jax.model.rope import rope_tables
+from deepseek_jax.types import KVCache, Params
+
+# What the "selective" policy keeps for the backward pass: outputs of the expensive matmuls.
+# RMSNorm, the MLA up-projections, the router and SwiGLU are computed again (V3 section 3.2.3).
+_KEPT = ("mla_latent", "mla_heads", "ffn_gate", "ffn_up")
+
+
+class Hidden(NamedTuple):
+    """What the stack computes, before any logits exist."""
+
+    main_BTD: Float[Array, "B T D"]
+    """Final-normed state: the head turns it into logits of token i+1."""
+    mtp_BTD: tuple[Float[Array, "B T D"], ...]
+    """Depth k's normed state (index k-1): the head turns it into logits of token i+1+k."""
+    load_LE: Int[Array, "L E"]
+    """Tokens per expert; rows as in ``router_bias_LE``."""
+    balance_loss: Float[Array, ""]
+    """Sum over layers of the weighted balance losses."""
+
+
+class Output(NamedTuple):
+    """Logits of every depth."""
+
+    logits_BTV: Float[Array, "B T V"]
+    """Next-token logits."""
+    mtp_logits: tuple[Float[Array, "B _ V"], ...]
+    """Depth k (index k-1) predicts token i+1+k for the first T-k positions."""
+
+
+class Block(ParamModule):
+    """Pre-norm residual block: MLA, then a dense FFN or DeepSeekMoE."""
+
+    use_moe: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        per_layer: tuple[Float[Array, "E"] | None, LayerCache | None],
+        positions: Positions,
+        first_B: Int[Array, "B"] | None,
+    ) -> tuple[Float[Array, "B T D"], tuple[LayerCache | None, Balance | None]]:
+        """``per_layer`` is this layer's router bias and cache; both may be absent."""
+        c, precision = self.config, self.precision
+        bias_E, cache = per_layer
+        normed = rms_norm(x_BTD, self.scale("attn_norm", c.hidden_size), c.rms_norm_eps)
+        attended, cache = MLA(c, precision, name="attn")(normed, positions, cache, first_B)
+        x_BTD = x_BTD + attended
+        normed = rms_norm(x_BTD, self.scale("ffn_norm", c.hidden_size), c.rms_norm_eps)
+        if not self.use_moe:
+            ffn = FeedForward(c, precision, width=c.intermediate_size, name="ffn")
+            return x_BTD + ffn(normed), (cache, None)
+        valid_BT = positions.segment_ids_BT > 0
+        out, balance = MoE(c, precision, name="moe")(normed, bias_E, valid_BT)
+        return x_BTD + out, (cache, balance)
+
+
+def _remat(block: type[Block], policy: RematPolicy) -> type[Block]:
+    if policy == "none":
+        return block
+    names = jax.checkpoint_policies.save_only_these_names(*_KEPT)
+    # prevent_cse guards against XLA undoing the recomputation; inside a scan it cannot.
+    return nn.remat(block, prevent_cse=False, policy=names if policy == "selective" else None)
+
+
+class DeepSeekV3(ParamModule):
+    """A DeepSeek-V2/V3-family language model.
+
+    ``apply({"params": params}, tokens_BT, router_bias_LE)`` returns the logits (``Output``);
+    ``method="hidden"`` stops before the head, which training wants since logits of a whole
+    batch do not fit; ``method="decode"`` works on a ``KVCache``.
+    """
+
+    precision: Precision = Precision()
+    remat: RematPolicy = "none"
+
+    def setup(self) -> None:
+        """Declare parameters; the two layer stacks are scanned, so compile time is flat."""
+        c = self.config
+        V, D = c.vocab_size, c.hidden_size
+        self.embed_VD = self.weight("embed", (V, D), ("vocab", "embed"))
+        self.norm_D = self.scale("norm", D)
+        self.head_DV = self.weight("head", (D, V), ("embed", "vocab"))
+        block = _remat(Block, self.remat)
+        stack = functools.partial(
+            nn.scan,
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast),
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        if dense := c.first_k_dense_replace:
+            self.dense_layers = stack(length=dense)(c, self.precision)
+        if c.num_moe_layers:
+            self.moe_layers = stack(length=c.num_moe_layers)(c, self.precision, use_moe=True)
+        self.mtp = [
+            MTPModule(c, self.precision, block=block) for _ in range(c.num_nextn_predict_layers)
+        ]
+
+    def __call__(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        router_bias_LE: Float[Array, "L E"],
+        segment_ids_BT: Int[Array, "B T"] | None = None,
+        positions_BT: Int[Array, "B T"] | None = None,
+    ) -> Output:
+        """Logits of the next token, and of the ones after it from the MTP modules."""
+        next_BT = shift_left(tokens_BT, 1)
+        hidden = self.hidden(tokens_BT, router_bias_LE, next_BT, segment_ids_BT, positions_BT)
+        return Output(
+            self.logits(hidden.main_BTD),
+            tuple(self.logits(h[:, : -1 - k]) for k, h in enumerate(hidden.mtp_BTD)),
+        )
+
+    def hidden(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        router_bias_LE: Float[Array, "L E"],
+        next_BT: Int[Array, "B T"] | None = None,
+        segment_ids_BT: Int[Array, "B T"] | None = None,
+        positions_BT: Int[Array, "B T"] | None = None,
+    ) -> Hidden:
+        """The stack without the head.
+
+        Args:
+            tokens_BT: ids.
+            router_bias_LE: selection biases, see ``TrainState``.
+            next_BT: token i+1 at position i; None leaves the MTP modules out.
+            segment_ids_BT: attention stays within a segment; 0 is padding. Default: all 1.
+            positions_BT: RoPE positions. Default: 0, 1, 2, ...
+        """
+        c = self.config
+        B, T = tokens_BT.shape
+        if segment_ids_BT is None:
+            segment_ids_BT = jnp.ones((B, T), jnp.int32)
+        if positions_BT is None:
+            positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
+        positions = Positions(*rope_tables(c, positions_BT), segment_ids_BT)
+
+        h_BTD, _, balance = self._stack(
+            self._embed(tokens_BT), router_bias_LE, None, positions, None
+        )
+        main_BTD = rms_norm(h_BTD, self.norm_D, c.rms_norm_eps)
+        loads, losses, mtp_BTD = [balance.load_E], [balance.loss.sum()], []
+        for k, module in enumerate(self.mtp if next_BT is not None else []):
+            assert next_BT is not None
+            bias_E = router_bias_LE[c.num_moe_layers + k]
+            next_embedding = self._embed(shift_left(next_BT, k))
+            h_BTD, normed, balance = module(h_BTD, next_embedding, bias_E, positions)
+            loads.append(balance.load_E[None])
+            losses.append(balance.loss)
+            mtp_BTD.append(normed)
+        return Hidden(main_BTD, tuple(mtp_BTD), jnp.concatenate(loads), sum(losses, jnp.float32(0)))
+
+    def decode(
+        self, tokens_BT: Int[Array, "B T"], router_bias_LE: Float[Array, "L E"], cache: KVCache
+    ) -> tuple[Float[Array, "B T V"], KVCache]:
+        """Logits of T further tokens per row, and the cache with them in it (absorbed MLA)."""
+        B, T = tokens_BT.shape
+        positions_BT = cache.length_B[:, None] + jnp.arange(T)
+        positions = Positions(*rope_tables(self.config, positions_BT), jnp.ones((B, T), jnp.int32))
+        layers = LayerCache(cache.c_kv_LBSR, cache.k_pe_LBSP)
+        h_BTD, layers, _ = self._stack(
+            self._embed(tokens_BT), router_bias_LE, layers, positions, cache.length_B
+        )
+        assert layers is not None
+        normed = rms_norm(h_BTD, self.norm_D, self.config.rms_norm_eps)
+        return self.logits(normed), KVCache(*layers, cache.length_B + T)
+
+    def logits(self, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """The output head, shared by the main model and every MTP depth."""
+        out = jnp.einsum(
+            "btd,dv->btv",
+            hidden_BTD,
+            self.head_DV.astype(hidden_BTD.dtype),
+            preferred_element_type=jnp.dtype(self.precision.accumulate),
+        )
+        return out.astype(self.precision.logits)
+
+    def _embed(self, tokens_BT: jax.Array) -> jax.Array:
+        return self.embed_VD[tokens_BT].astype(self.precision.compute_dtype)
+
+    def _stack(
+        self,
+        x_BTD: jax.Array,
+        router_bias_LE: jax.Array,
+        cache: LayerCache | None,
+        positions: Positions,
+        first_B: jax.Array | None,
+    ) -> tuple[jax.Array, LayerCache | None, Balance]:
+        """All layers; the cache and the balances come back stacked over layers."""
+        c = self.config
+        dense, caches = c.first_k_dense_replace, []
+        balance = Balance(jnp.zeros((0, c.n_routed_experts), jnp.int32), jnp.zeros((0,)))
+        if dense:
+            part = None if cache is None else LayerCache(*(x[:dense] for x in cache))
+            x_BTD, (part, _) = self.dense_layers(x_BTD, (None, part), positions, first_B)
+            caches.append(part)
+        if c.num_moe_layers:
+            part = None if cache is None else LayerCache(*(x[dense:] for x in cache))
+            bias = router_bias_LE[: c.num_moe_layers]
+            x_BTD, (part, balance) = self.moe_layers(x_BTD, (bias, part), positions, first_B)
+            caches.append(part)
+        if cache is not None:
+            cache = LayerCache(*(jnp.concatenate(x) for x in zip(*caches, strict=True)))
+        return x_BTD, cache, balance
+
+
+# --- parameters ------------------------------------------------------------------------------
+
+
+def _boxed(model: DeepSeekV3, key: PRNGKeyArray) -> Any:
+    config = model.config
+    # Long enough for one position of every MTP depth.
+    tokens = jnp.zeros((1, 2 + config.num_nextn_predict_layers), jnp.int32)
+    return model.init(key, tokens, init_router_bias(config))["params"]
+
+
+def init_router_bias(config: ModelConfig) -> Float[Array, "L E"]:
+    """Selection biases at the start of training: zero."""
+    return jnp.zeros((config.num_routers, config.n_routed_experts), jnp.float32)
+
+
+def init_params(model: DeepSeekV3, key: PRNGKeyArray) -> Params:
+    """Random parameters as a plain nested dict; call it under ``jax.jit`` to shard the result."""
+    return nn.meta.unbox(_boxed(model, key))
+
+
+def abstract_params(model: DeepSeekV3) -> Params:
+    """Shapes and dtypes of ``init_params``, nothing allocated."""
+    return jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
+
+
+def logical_axes(model: DeepSeekV3) -> Params:
+    """The logical axes of every parameter, as tuples (see ``sharding.RULES``)."""
+    boxed = jax.eval_shape(functools.partial(_boxed, model), jax.random.key(0))
+    return jax.tree.map(
+        lambda box: tuple(box.names), boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned)
+    )
+
+
+def init_cache(config: ModelConfig, batch: int, slots: int, dtype: Any = jnp.float32) -> KVCache:
+    """An empty cache of ``slots`` tokens per row."""
+    L, R, P = config.num_hidden_layers, config.kv_lora_rank, config.qk_rope_head_dim
+    return KVCache(
+        jnp.zeros((L, batch, slots, R), dtype),
+        jnp.zeros((L, batch, slots, P), dtype),
+        jnp.zeros((batch,), jnp.int32),
+    )
+
+
+class ParamCounts(NamedTuple):
+    """Numbers of parameters. Selection biases are state and are not counted."""
+
+    total: int
+    """The main model, without MTP modules."""
+    active: int
+    """Touched by one token: K of E experts, all else, the head, but no embedding rows.
+
+    So counted, the reports' rounded figures come out: V3 37B, V2 21B, V2-Lite 2.4B.
+    """
+    mtp: int
+    """The MTP modules; embedding and head are the main model's and not counted again."""
+
+
+def param_counts(config: ModelConfig) -> ParamCounts:
+    """Count without allocating, by ``jax.eval_shape``."""
+    params = abstract_params(DeepSeekV3(config))
+
+    def size(tree: Any) -> int:
+        return sum(x.size for x in jax.tree.leaves(tree))
+
+    mtp = size([v for k, v in params.items() if k.startswith("mtp")])
+    total = size(params) - mtp
+    routed = 0
+    if config.num_moe_layers:
+        routed = size([params["moe_layers"]["moe"][w] for w in ("w1", "w2", "w3")])
+    E, K = config.n_routed_experts, config.num_experts_per_tok
+    return ParamCounts(total, total - routed // E * (E - K) - size(params["embed"]), mtp)
+
+
+def forward(
+    config: ModelConfig,
+    params: Params,
+    router_bias_LE: Float[Array, "L E"],
+    tokens_BT: Int[Array, "B T"],
+    *,
+    precision: Precision = FLOAT32,
+) -> Float[Array, "B T V"]:
+    """Next-token logits in one call. For the MTP logits too, use ``DeepSeekV3.apply``."""
+    main_only = config.replace(num_nextn_predict_layers=0)
+    model = DeepSeekV3(main_only, precision)
+    params = {name: value for name, value in params.items() if not name.startswith("mtp")}
+    return model.apply({"params": params}, tokens_BT, router_bias_LE).logits_BTV
