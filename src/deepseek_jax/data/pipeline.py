@@ -1,0 +1,294 @@
+"""The data of a pretraining run: from ``DataConfig`` to an endless stream of ``Batch``."""
+
+import functools
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+from jaxtyping import Int32
+
+from deepseek_jax.data.corpus import Corpus, open_corpus
+from deepseek_jax.data.packing import PackRows, Row, fim_ids, rows_to_batch
+from deepseek_jax.data.sources import Documents, list_files
+from deepseek_jax.data.tokenizer import Tokenizer, train_bpe
+from deepseek_jax.types import Batch, UserError
+
+# Reading and tokenising happen in the calling thread: the step runs on the accelerator (or on
+# the other cores) meanwhile, and `num_workers` is the way to more.
+_NO_THREADS = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+_CACHED_TOKENS = 64_000_000  # 256 MB of token ids kept per process
+_TOKENIZER_SAMPLE_BYTES = 200_000_000
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What to train on, and how it becomes rows of tokens.
+
+    Attributes:
+        source: Documents: "stdlib" (the Python standard library's source), files,
+            directories or globs of text, .jsonl, .parquet or .array_record.
+        text_field: Field (JSONL) or column (Parquet) that holds a document's text.
+        tokenizer: A Hugging Face tokenizer.json; none trains byte-level BPE on the corpus.
+        tokenizer_vocab_size: Vocabulary of the tokenizer trained when none is given.
+        seq_len: Tokens in a row (T).
+        add_bos: Begin each document with the begin-of-sentence token, if there is one.
+        fim_rate: Share of documents rearranged for Fill-in-Middle (prefix, suffix, middle).
+        mask_documents: Keep the documents of a row from attending to each other; the paper
+            does not.
+        held_out_fraction: Share of documents kept for evaluation, chosen by content.
+        held_out_source: Documents to evaluate on instead of a share of the source.
+        shuffle: Visit the documents in a new random order each epoch.
+        seed: Of the order and of Fill-in-Middle; the split does not depend on it.
+        num_workers: Processes that prepare data beside the trainer; 0 uses the trainer's own.
+    """
+
+    source: tuple[str, ...] = ("stdlib",)
+    text_field: str = "text"
+    tokenizer: Path | None = None
+    tokenizer_vocab_size: int = 4096
+    seq_len: int = 256
+    add_bos: bool = True
+    fim_rate: float = 0.1
+    mask_documents: bool = False
+    held_out_fraction: float = 0.05
+    held_out_source: tuple[str, ...] = ()
+    shuffle: bool = True
+    seed: int = 0
+    num_workers: int = 0
+
+    def __post_init__(self):
+        if self.seq_len < 1:
+            raise UserError(f"`seq_len` must be at least 1, not {self.seq_len}")
+        if not 0 <= self.fim_rate <= 1:
+            raise UserError(f"`fim_rate` is a share between 0 and 1, not {self.fim_rate}")
+        if not 0 < self.held_out_fraction < 1:
+            raise UserError(
+                "`held_out_fraction` is a share between 0 and 1, both excluded, not "
+                f"{self.held_out_fraction}"
+            )
+        if self.num_workers < 0:
+            raise UserError(f"`num_workers` cannot be negative, but is {self.num_workers}")
+
+
+class EvalBatch(NamedTuple):
+    """A batch of held-out rows and the UTF-8 bytes that its weighted targets stand for.
+
+    Bits per byte over a pass: sum of the weighted losses in nats, over ln 2, over the sum of
+    ``num_bytes``.
+    """
+
+    batch: Batch
+    num_bytes: int
+
+
+def load_corpus(config: DataConfig) -> Corpus:
+    """Opens and splits the documents of ``config``; read again only if a file changed."""
+    files = [p for entry in config.source + config.held_out_source for p in list_files(entry)]
+    stamps = tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files)
+    return _corpus(
+        config.source,
+        config.text_field,
+        config.held_out_fraction,
+        config.held_out_source,
+        stamps,
+    )
+
+
+@functools.lru_cache(maxsize=2)
+def _corpus(source, text_field, held_out_fraction, held_out_source, stamps) -> Corpus:
+    return open_corpus(
+        source,
+        text_field=text_field,
+        held_out_fraction=held_out_fraction,
+        held_out_source=held_out_source,
+    )
+
+
+def fit_tokenizer(config: DataConfig, vocab_size: int | None = None) -> Tokenizer:
+    """Trains byte-level BPE on the training documents (their first 200 MB) alone."""
+    documents = load_corpus(config).train
+    return train_bpe(_first_bytes(documents), vocab_size or config.tokenizer_vocab_size)
+
+
+def load_tokenizer(config: DataConfig) -> Tokenizer:
+    """The tokenizer that ``config`` names, or one trained on its training documents."""
+    return fit_tokenizer(config) if config.tokenizer is None else Tokenizer.load(config.tokenizer)
+
+
+def train_batches(
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    batch_size: int,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.DatasetIterator[Batch]:
+    """Endless batches of numpy arrays [batch_size, seq_len] from the training documents.
+
+    Each epoch visits every document once, over all processes together, in a new order.
+    ``get_state()`` is a JSON-serialisable dict; ``set_state`` of it, in this or in a fresh
+    process with the same arguments, continues bit for bit. Call ``close()`` when done if
+    ``num_workers`` is not 0.
+
+    Args:
+        config: What to read.
+        tokenizer: Turns documents into ids.
+        batch_size: Rows in a batch of this process (B).
+        process_index: This process among those that share the corpus.
+        process_count: Processes that share the corpus; each sees its own documents.
+
+    Raises:
+        UserError: Unusable documents or tokenizer, or fewer documents than processes.
+    """
+    corpus = load_corpus(config)
+    encoder = DocumentEncoder(corpus.train, tokenizer, config, fim_rate=config.fim_rate)
+    if len(corpus.train) < process_count * max(1, config.num_workers):
+        raise UserError(
+            f"{len(corpus.train)} training documents cannot feed {process_count} processes of "
+            f"{max(1, config.num_workers)} workers: split the documents or use fewer"
+        )
+    documents = grain.MapDataset.range(len(corpus.train)).map_with_index(encoder)
+    if config.shuffle:
+        documents = documents.shuffle(seed=_shuffle_seed(config.seed))
+    documents = documents[process_index::process_count].repeat().to_iter_dataset(_NO_THREADS)
+    fingerprint = _fingerprint(corpus, tokenizer, config, process_index, process_count)
+    rows = PackRows(documents, config.seq_len, fingerprint)
+    stack = functools.partial(rows_to_batch, mask_documents=config.mask_documents)
+    batches = rows.batch(batch_size, batch_fn=stack)
+    if config.num_workers:
+        batches = batches.mp_prefetch(grain.MultiprocessingOptions(config.num_workers))
+    return iter(batches)
+
+
+def eval_batches(
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    batch_size: int,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[EvalBatch]:
+    """One pass over the held-out documents, in order and without Fill-in-Middle.
+
+    Every process reads all documents and keeps its rows, so that all processes see the same
+    number of batches; missing rows at the end are padding of weight 0. Every token but the
+    first of the pass is a target once (with ``mask_documents``: but the first of each
+    document), so with a begin-of-sentence token ``num_bytes`` adds up to the size of the
+    held-out text.
+
+    Args:
+        config: What to read.
+        tokenizer: Turns documents into ids.
+        batch_size: Rows in a batch of this process (B).
+        process_index: This process among those that share the evaluation.
+        process_count: Processes that share the evaluation.
+
+    Raises:
+        UserError: Unusable documents or tokenizer.
+    """
+    corpus = load_corpus(config)
+    encoder = DocumentEncoder(corpus.held_out, tokenizer, config, fim_rate=0.0)
+    documents = grain.MapDataset.range(len(corpus.held_out)).map_with_index(encoder)
+    rows = PackRows(documents.to_iter_dataset(_NO_THREADS), config.seq_len, fingerprint="")
+    for group in rows.batch(batch_size * process_count, batch_fn=list):
+        mine = group[process_index::process_count]
+        mine = mine + [_padding_row(config.seq_len)] * (batch_size - len(mine))
+        batch = rows_to_batch(mine, mask_documents=config.mask_documents)
+        yield EvalBatch(batch, target_bytes(tokenizer, batch))
+
+
+def target_bytes(tokenizer: Tokenizer, batch: Batch) -> int:
+    """UTF-8 bytes of text that the targets of non-zero weight stand for."""
+    sizes = tokenizer.token_bytes[np.asarray(batch.targets_BT)]
+    return int(sizes[np.asarray(batch.loss_weights_BT) > 0].sum(dtype=np.int64))
+
+
+class DocumentEncoder:
+    """Document number (counted on over the epochs) -> its token ids, begin and end included.
+
+    The draw for Fill-in-Middle depends on (seed, document, epoch) alone, so it is the same
+    whatever the order, the process or the number of restarts. Ids of documents left as they
+    are stay in memory, up to 256 MB: a small corpus is tokenised once.
+    """
+
+    def __init__(
+        self, documents: Documents, tokenizer: Tokenizer, config: DataConfig, *, fim_rate: float
+    ):
+        if tokenizer.eos_id is None:
+            raise UserError(
+                "the tokenizer has no end-of-sentence token: name it as eos_token in a "
+                "tokenizer_config.json beside the tokenizer.json"
+            )
+        if fim_rate > 0:
+            fim_ids("", tokenizer, np.random.default_rng(0))  # complains now, not mid-run
+        self._documents = documents
+        self._tokenizer = tokenizer
+        self._fim_rate = fim_rate
+        self._seed = config.seed
+        bos_id = tokenizer.bos_id if config.add_bos else None
+        self._before = [] if bos_id is None else [bos_id]
+        self._after = [tokenizer.eos_id]
+        self._cache: dict[int, np.ndarray] = {}
+        self._cached_tokens = 0
+
+    def __call__(self, index: int, _: Any) -> Int32[np.ndarray, "n"]:
+        """Token ids of document ``index % len(documents)`` in epoch ``index // len(documents)``."""
+        epoch, document = divmod(index, len(self._documents))
+        if self._fim_rate > 0:
+            rng = np.random.default_rng((self._seed, document, epoch))
+            if rng.random() < self._fim_rate:
+                return self._wrap(fim_ids(self._documents[document], self._tokenizer, rng))
+        ids = self._cache.get(document)
+        if ids is None:
+            ids = self._wrap(self._tokenizer.encode(self._documents[document]))
+            if self._cached_tokens + len(ids) <= _CACHED_TOKENS:
+                self._cache[document] = ids
+                self._cached_tokens += len(ids)
+        return ids
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Workers build caches of their own.
+        return self.__dict__ | {"_cache": {}, "_cached_tokens": 0}
+
+    def _wrap(self, ids: list[int]) -> np.ndarray:
+        return np.array([*self._before, *ids, *self._after], np.int32)
+
+
+def _padding_row(seq_len: int) -> Row:
+    return Row(np.zeros(seq_len + 1, np.int32), np.zeros(seq_len + 1, np.int32))
+
+
+def _first_bytes(documents: Documents) -> Iterator[str]:
+    size = 0
+    for index in range(len(documents)):
+        if size > _TOKENIZER_SAMPLE_BYTES:
+            return
+        text = documents[index]
+        size += len(text)
+        yield text
+
+
+def _shuffle_seed(seed: int) -> int:
+    # Grain shuffles epoch e with seed + e: neighbouring seeds would share their epochs.
+    return int(np.random.SeedSequence(seed).generate_state(1)[0])
+
+
+def _fingerprint(corpus: Corpus, tokenizer: Tokenizer, config: DataConfig, *shard: int) -> str:
+    """What a saved position means: the corpus, its order and its tokens."""
+    parts = (
+        corpus.fingerprint,
+        config.held_out_fraction if not config.held_out_source else None,
+        config.add_bos,
+        config.fim_rate,
+        config.shuffle,
+        config.seed,
+        config.seq_len,
+        config.num_workers,
+        shard,
+        hashlib.blake2b(tokenizer.to_json().encode(), digest_size=8).hexdigest(),
+    )
+    return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
