@@ -1,0 +1,21 @@
+"""What a run tells its owner: metrics, progress, pictures, tables; and when its loss misbehaves.
+
+Everything here runs on the host, on plain Python numbers.
+"""
+
+from deepseek_jax.report.console import Progress, summary_table
+from deepseek_jax.report.hardware import peak_flops
+from deepseek_jax.report.metrics import MetricsWriter, read_metrics
+from deepseek_jax.report.monitor import LossMonitor
+from deepseek_jax.report.plots import plot_expert_load, plot_loss
+
+__all__ = [
+    "LossMonitor",
+    "MetricsWriter",
+    "Progress",
+    "peak_flops",
+    "plot_expert_load",
+    "plot_loss",
+    "read_metrics",
+    "summary_table",
+]
