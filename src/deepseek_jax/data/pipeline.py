@@ -13,7 +13,8 @@ from jaxtyping import Int32
 
 from deepseek_jax.data.corpus import Corpus, open_corpus
 from deepseek_jax.data.packing import PackRows, Row, fim_ids, rows_to_batch
-from deepseek_jax.data.sources import Documents, list_files
+from deepseek_jax.data.shuffle import BlockShuffle, find_blocks
+from deepseek_jax.data.sources import Documents
 from deepseek_jax.data.tokenizer import Tokenizer, train_bpe
 from deepseek_jax.types import Batch, UserError
 
@@ -32,6 +33,7 @@ class DataConfig:
         source: Documents: "stdlib" (the Python standard library's source), files,
             directories or globs of text, .jsonl, .parquet or .array_record.
         text_field: Field (JSONL) or column (Parquet) that holds a document's text.
+        separator: Where documents end within a plain file; without it a file is a document.
         tokenizer: A Hugging Face tokenizer.json; none trains byte-level BPE on the corpus.
         tokenizer_vocab_size: Vocabulary of the tokenizer trained when none is given.
         seq_len: Tokens in a row (T).
@@ -48,6 +50,7 @@ class DataConfig:
 
     source: tuple[str, ...] = ("stdlib",)
     text_field: str = "text"
+    separator: str = ""
     tokenizer: Path | None = None
     tokenizer_vocab_size: int = 4096
     seq_len: int = 256
@@ -86,25 +89,13 @@ class EvalBatch(NamedTuple):
 
 
 def load_corpus(config: DataConfig) -> Corpus:
-    """Opens and splits the documents of ``config``; read again only if a file changed."""
-    files = [p for entry in config.source + config.held_out_source for p in list_files(entry)]
-    stamps = tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files)
-    return _corpus(
-        config.source,
-        config.text_field,
-        config.held_out_fraction,
-        config.held_out_source,
-        stamps,
-    )
-
-
-@functools.lru_cache(maxsize=2)
-def _corpus(source, text_field, held_out_fraction, held_out_source, stamps) -> Corpus:
+    """Opens and splits the documents of ``config``; reads them again only if a file changed."""
     return open_corpus(
-        source,
-        text_field=text_field,
-        held_out_fraction=held_out_fraction,
-        held_out_source=held_out_source,
+        config.source,
+        text_field=config.text_field,
+        separator=config.separator,
+        held_out_fraction=config.held_out_fraction,
+        held_out_source=config.held_out_source,
     )
 
 
@@ -153,7 +144,7 @@ def train_batches(
         )
     documents = grain.MapDataset.range(len(corpus.train)).map_with_index(encoder)
     if config.shuffle:
-        documents = documents.shuffle(seed=_shuffle_seed(config.seed))
+        documents = _shuffle(documents, corpus, config.seed)
     documents = documents[process_index::process_count].repeat().to_iter_dataset(_NO_THREADS)
     fingerprint = _fingerprint(corpus, tokenizer, config, process_index, process_count)
     rows = PackRows(documents, config.seq_len, fingerprint)
@@ -250,6 +241,13 @@ class DocumentEncoder:
                 self._cached_tokens += len(ids)
         return ids
 
+    def encode_all(self) -> Iterator[Int32[np.ndarray, "n"]]:
+        """The token ids of every document in order, as they are, on all CPU cores."""
+        for start in range(0, len(self._documents), 64):
+            stop = min(start + 64, len(self._documents))
+            texts = [self._documents[i] for i in range(start, stop)]
+            yield from (self._wrap(ids) for ids in self._tokenizer.encode_batch(texts))
+
     def __getstate__(self) -> dict[str, Any]:
         # Workers build caches of their own.
         return self.__dict__ | {"_cache": {}, "_cached_tokens": 0}
@@ -272,9 +270,11 @@ def _first_bytes(documents: Documents) -> Iterator[str]:
         yield text
 
 
-def _shuffle_seed(seed: int) -> int:
+def _shuffle(documents: grain.MapDataset, corpus: Corpus, seed: int) -> grain.MapDataset:
     # Grain shuffles epoch e with seed + e: neighbouring seeds would share their epochs.
-    return int(np.random.SeedSequence(seed).generate_state(1)[0])
+    seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    blocks = find_blocks(corpus.train)
+    return documents.shuffle(seed) if blocks is None else BlockShuffle(documents, blocks, seed)
 
 
 def _fingerprint(corpus: Corpus, tokenizer: Tokenizer, config: DataConfig, *shard: int) -> str:

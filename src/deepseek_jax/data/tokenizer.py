@@ -9,7 +9,7 @@ import functools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import tokenizers
@@ -143,7 +143,7 @@ class Tokenizer:
             ids: Token ids.
             skip_special: Leave special tokens out instead of printing their names.
         """
-        return self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+        return self._backend.decode(list(ids), skip_special_tokens=skip_special)
 
     def token_id(self, token: str) -> int | None:
         """Id of a token by its name, such as ``"<｜User｜>"``, or None."""
@@ -172,6 +172,10 @@ class Tokenizer:
             else:
                 sizes[index] = _text_bytes(token, byte_alphabet)
         return sizes
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._backend.encode_special_tokens = True  # lost by the backend's own pickling
 
     @functools.cached_property
     def _reading_specials(self) -> tokenizers.Tokenizer:
