@@ -9,7 +9,7 @@ import functools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -89,7 +89,7 @@ class Tokenizer:
         self.fim_end_id = backend.token_to_id(FIM_END)
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
+    def load(cls, path: str | Path) -> "Tokenizer":
         """Reads a Hugging Face ``tokenizer.json`` (or the directory that holds it).
 
         A ``tokenizer_config.json`` beside it says which tokens begin, end and pad; without
