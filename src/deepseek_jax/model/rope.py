@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from deepseek_jax.config import ModelConfig, Yarn, yarn_mscale
 
 
-def inverse_frequencies(config: ModelConfig) -> Float[np.ndarray, "P/2"]:
+def inverse_frequencies(config: ModelConfig) -> Float[np.ndarray, "p"]:
     """Radians per position of each pair: theta^(-2i/P), stretched by YaRN where it is on."""
     P = config.qk_rope_head_dim
     freq = config.rope_theta ** (-np.arange(0, P, 2, dtype=np.float64) / P)
@@ -40,7 +40,7 @@ def _yarn(freq: np.ndarray, theta: float, P: int, yarn: Yarn) -> np.ndarray:
 
 def rope_tables(
     config: ModelConfig, positions_BT: Int[Array, "B T"]
-) -> tuple[Float[Array, "B T P/2"], Float[Array, "B T P/2"]]:
+) -> tuple[Float[Array, "B T p"], Float[Array, "B T p"]]:
     """Cosines and sines of every position, float32 (bfloat16 angles lose position past 256)."""
     angles = positions_BT[..., None].astype(jnp.float32) * inverse_frequencies(config)
     magnitude = 1.0
