@@ -7,13 +7,13 @@ import pytest
 
 from deepseek_jax.data.tokenizer import Tokenizer, train_bpe
 
-WORDS = "the model reads a document of text and learns what follows 12 345 6789 über 中文 ½ 🙂".split()
+WORDS = "the model reads a document and learns what follows 12 6789 über 中文 ½ 🙂"
 
 
 def make_texts(count: int, seed: int = 0) -> list[str]:
     """Documents of 1 to 60 words, all different."""
     rng = random.Random(seed)
-    texts = (" ".join(rng.choices(WORDS, k=rng.randint(1, 60))) for _ in range(count))
+    texts = (" ".join(rng.choices(WORDS.split(), k=rng.randint(1, 60))) for _ in range(count))
     return [f"{i}: {text}\n" for i, text in enumerate(texts)]
 
 

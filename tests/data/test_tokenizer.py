@@ -13,9 +13,11 @@ from deepseek_jax.types import UserError
 
 TEXTS = ["def f(x):\n    return x + 1\n" * 3, "naïve 北京 🙂 1234567 <think>", tok.EOS] * 3
 SMALL = train_bpe(TEXTS, 300)
+quick = settings(max_examples=100, deadline=None)
 unicode_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=200)
 
 
+@quick
 @given(unicode_text)
 @example(f"a{tok.EOS}b{tok.BOS}<think></think>")
 @example("\r\n \t\x00\u200b\ufeff")
@@ -24,13 +26,14 @@ def test_decode_undoes_encode(text):
     assert SMALL.decode(SMALL.encode(text)) == text
 
 
+@quick
 @given(unicode_text)
 @example(f"{tok.EOS}<think>🙂")
 def test_token_bytes_add_up_to_the_text(text):
     assert SMALL.token_bytes[SMALL.encode(text)].sum() == len(text.encode())
 
 
-@settings(max_examples=20)
+@quick
 @given(unicode_text, st.sampled_from(tok.SPECIAL_TOKENS))
 def test_special_tokens_in_text_are_text_unless_asked(text, name):
     special = SMALL.token_id(name)

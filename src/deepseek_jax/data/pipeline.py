@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import grain
 import numpy as np
+from absl import flags
 from jaxtyping import Int32
 
 from deepseek_jax.data.corpus import Corpus, open_corpus
@@ -151,6 +152,8 @@ def train_batches(
     stack = functools.partial(rows_to_batch, mask_documents=config.mask_documents)
     batches = rows.batch(batch_size, batch_fn=stack)
     if config.num_workers:
+        if not flags.FLAGS.is_parsed():  # grain's workers insist, even outside of an absl app
+            flags.FLAGS.mark_as_parsed()
         batches = batches.mp_prefetch(grain.MultiprocessingOptions(config.num_workers))
     return iter(batches)
 

@@ -9,14 +9,14 @@ import functools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 import tokenizers
 from jaxtyping import Int32
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
-from deepseek_jax.types import UserError
+from deepseek_jax.types import Array, UserError
 
 BOS = "<｜begin▁of▁sentence｜>"
 EOS = "<｜end▁of▁sentence｜>"
@@ -136,14 +136,16 @@ class Tokenizer:
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
-    def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
+    def decode(self, ids: Sequence[SupportsIndex] | Array, *, skip_special: bool = False) -> str:
         """Text of ``ids``; bytes that are not UTF-8 become U+FFFD.
 
         Args:
             ids: Token ids.
             skip_special: Leave special tokens out instead of printing their names.
         """
-        return self._backend.decode(list(ids), skip_special_tokens=skip_special)
+        return self._backend.decode(
+            np.asarray(ids, np.int64).tolist(), skip_special_tokens=skip_special
+        )
 
     def token_id(self, token: str) -> int | None:
         """Id of a token by its name, such as ``"<｜User｜>"``, or None."""
