@@ -4,6 +4,7 @@ import base64
 import json
 import logging
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -29,7 +30,12 @@ from deepseek_jax.checkpoint.trees import check_fits, flatten, items, restore_tr
 from deepseek_jax.types import Array, Params, TrainState, UserError
 
 _log = logging.getLogger(__name__)
+# Orbax logs each failure of a save, with its traceback, and raises it too; one sentence is enough.
+logging.getLogger("absl").addFilter(
+    lambda record: not (record.exc_info and "orbax" in record.pathname)
+)
 
+_UNFINISHED = "orbax-checkpoint-tmp*"
 _ASYNC_TIMEOUT_S = 3 * 3600  # Orbax gives up after 20 minutes by default: too short for 671B
 
 
@@ -103,7 +109,7 @@ class Checkpointer:
         }
         host["data_state"] = [json.loads(part) for part in host["data_state"]]
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-        # One answer for all processes: if some raised and others did not, these would wait for ever.
+        # One answer for all processes: if only some raised, the others would wait for ever.
         free = int(exchange(str(free_bytes(self._steps)).encode())[0])
         if free < needed:
             raise disk_full(self._steps, step, needed, free)
@@ -197,13 +203,17 @@ class Checkpointer:
     def _open(self) -> ocp.CheckpointManager:
         try:
             self._steps.mkdir(parents=True, exist_ok=True)
+            if jax.process_index() == 0:
+                # What a killed or failed save left behind. Orbax would remove it too, but in the
+                # background: later than the next look at the free space.
+                for unfinished in self._steps.glob(f"*.{_UNFINISHED}"):
+                    shutil.rmtree(unfinished, ignore_errors=True)
         except OSError as error:
             raise UserError(
                 f"cannot create {self._steps}: {error.strerror}; choose another output directory."
             ) from error
         options = ocp.CheckpointManagerOptions(
             preservation_policy=AnyPreservationPolicy(self._keep),
-            cleanup_tmp_directories=True,  # what a killed or failed save left behind
             lightweight_initialize=True,  # do not read old steps, which may be damaged
             async_options=ocp.AsyncOptions(
                 timeout_secs=_ASYNC_TIMEOUT_S, post_finalization_callback=self._seal
@@ -216,7 +226,7 @@ class Checkpointer:
         """Writes the checksums: Orbax calls this when all is on disk, before the rename."""
         assert self._saving is not None
         step = self._saving[0]
-        (folder,) = self._steps.glob(f"{step}.orbax-checkpoint-tmp*")
+        (folder,) = self._steps.glob(f"{step}.{_UNFINISHED}")
         write_checksums(folder)
 
     def _guard(self, action: Callable[[], object]) -> None:
@@ -241,8 +251,8 @@ class Checkpointer:
     def _recover(self) -> None:
         """Replaces the manager after a failed save.
 
-        The new one removes the unfinished directory, which frees the disk, and reads the list
-        of steps again: the old one has already forgotten those that it would have deleted.
+        The old one has already forgotten the steps that it would have deleted, and its unfinished
+        directory occupies the disk; opening a new one sets both right.
         """
         try:
             self._manager.close()
