@@ -1,7 +1,6 @@
 """Checkpoints: what comes back is what was saved, or the previous one, or a clear sentence."""
 
 import json
-import logging
 import os
 import random
 import shutil

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
+from typing import SupportsFloat
 
 import jax
 from rich.console import Console
@@ -34,7 +35,7 @@ class Progress:
         total: int,
         *,
         initial: int = 0,
-        interval_s: float = 10.0,
+        interval_s: float | int = 10,
         console: Console | None = None,
     ):
         self.console = console or Console(quiet=jax.process_index() != 0)
@@ -54,7 +55,7 @@ class Progress:
             )
             self._task = self._bar.add_task("train", total=total, completed=initial, text="")
 
-    def update(self, step: int, *, loss: float, tokens_per_s: float) -> None:
+    def update(self, step: int, *, loss: SupportsFloat, tokens_per_s: SupportsFloat) -> None:
         """Shows that ``step`` steps are done.
 
         Args:
@@ -62,7 +63,7 @@ class Progress:
             loss: nats per token.
             tokens_per_s: tokens per second over all devices.
         """
-        text = f"loss {loss:.4f}  {_thousands(tokens_per_s)} tokens/s"
+        text = f"loss {float(loss):.4f}  {_thousands(float(tokens_per_s))} tokens/s"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, text=text)
             return
@@ -94,14 +95,14 @@ class Progress:
             self._bar.stop()
 
 
-def _thousands(value: float) -> str:
+def _thousands(value: float | int) -> str:
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= size:
             return f"{value / size:.3g}{unit}"
     return f"{value:.3g}"
 
 
-def _clock(seconds: float) -> str:
+def _clock(seconds: float | int) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}"

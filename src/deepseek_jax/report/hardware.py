@@ -21,5 +21,9 @@ _PEAKS = (
 
 def peak_flops(device: jax.Device) -> float | None:
     """Dense BF16 peak of a device in FLOP/s, the denominator of MFU; None if not known."""
-    kinds = (peak for pattern, peak in _PEAKS if re.search(pattern, device.device_kind))
-    return next(kinds, None)
+    return peak_of(device.device_kind)
+
+
+def peak_of(kind: str) -> float | None:
+    """`peak_flops` of a kind of device by its name."""
+    return next((peak for pattern, peak in _PEAKS if re.search(pattern, kind)), None)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, SupportsFloat
 
 import jax
 
@@ -50,7 +50,7 @@ class MetricsWriter:
                 "directory."
             ) from error
 
-    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+    def write(self, step: int, scalars: Mapping[str, SupportsFloat]) -> None:
         """Writes the scalars of one step, preferably all in one call.
 
         A second call for the same step (an evaluation after the training metrics, say) adds a
@@ -96,7 +96,7 @@ class MetricsWriter:
         self.close()
 
 
-def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, float]]:
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, float | int]]:
     """Reads ``metrics.jsonl``: one dict a step, in order, with ``"step"`` among the keys.
 
     Values that were not finite come back as such. A last line cut off by a kill is left out.
@@ -104,7 +104,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, float]]:
     Raises:
         UserError: the file cannot be read, or a line before the last is not of the format.
     """
-    steps: dict[int, dict[str, float]] = {}
+    steps: dict[int, dict[str, float | int]] = {}
     for line in _parse(Path(path)):
         not_finite = {name: float(text) for name, text in line.pop("non_finite", {}).items()}
         steps.setdefault(line["step"], {}).update(line | not_finite)

@@ -4,7 +4,7 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, SupportsFloat
 
 from deepseek_jax.types import UserError
 
@@ -32,8 +32,8 @@ class LossMonitor:
         *,
         window: int = 128,
         warmup: int = 32,
-        k: float = 8.0,
-        min_margin: float = 1.0,
+        k: float | int = 8,
+        min_margin: float | int = 1,
         max_consecutive: int = 8,
         max_total: int = 100,
     ):
@@ -53,7 +53,7 @@ class LossMonitor:
         deviation = statistics.median(abs(loss - median) for loss in self._accepted)
         return median + max(self._min_margin, self._k * 1.4826 * deviation)
 
-    def observe(self, step: int, loss: float, *, skipped: bool | None = None) -> bool:
+    def observe(self, step: int, loss: SupportsFloat, *, skipped: bool | None = None) -> bool:
         """Counts one step and says whether it was (or, undecided, is to be) skipped.
 
         Args:
@@ -64,6 +64,7 @@ class LossMonitor:
         Raises:
             UserError: too many steps have been skipped.
         """
+        loss = float(loss)
         if skipped is None:
             skipped = not loss <= self.threshold() or not math.isfinite(loss)
         if not skipped:

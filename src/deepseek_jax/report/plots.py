@@ -24,10 +24,10 @@ _STYLES = (":", "--", "-.")
 
 
 def plot_loss(
-    metrics: Sequence[Mapping[str, float]],
+    metrics: Sequence[Mapping[str, float | int]],
     path: str | os.PathLike[str],
     *,
-    references: Mapping[str, float] | None = None,
+    references: Mapping[str, float | int] | None = None,
 ) -> None:
     """Draws the loss curve: training (raw and smoothed) and evaluation.
 
@@ -88,7 +88,7 @@ def plot_expert_load(
     figure.savefig(Path(path), dpi=160)
 
 
-def _figure(width: float, height: float) -> "Figure":
+def _figure(width: float | int, height: float | int) -> "Figure":
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -97,7 +97,9 @@ def _figure(width: float, height: float) -> "Figure":
     return figure
 
 
-def _series(metrics: Sequence[Mapping[str, float]], name: str) -> tuple[np.ndarray, np.ndarray]:
+def _series(
+    metrics: Sequence[Mapping[str, float | int]], name: str
+) -> tuple[np.ndarray, np.ndarray]:
     pairs = [(row["step"], row[name]) for row in metrics if name in row]
     steps, values = np.array(pairs, np.float64).reshape(-1, 2).T
     return steps, values
@@ -120,7 +122,7 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     return np.where(number > 0, mean, np.nan)
 
 
-def _draw_training(axis: "Axes", metrics: Sequence[Mapping[str, float]]) -> None:
+def _draw_training(axis: "Axes", metrics: Sequence[Mapping[str, float | int]]) -> None:
     steps, loss = _series(metrics, "loss")
     if len(steps):
         dots = "." if len(steps) < 20 else ""  # a line through one point would be invisible
@@ -147,7 +149,7 @@ def _draw_training(axis: "Axes", metrics: Sequence[Mapping[str, float]]) -> None
 
 
 def _draw_bits_per_byte(
-    axis: "Axes", steps: np.ndarray, bits: np.ndarray, references: Mapping[str, float]
+    axis: "Axes", steps: np.ndarray, bits: np.ndarray, references: Mapping[str, float | int]
 ) -> None:
     if len(steps):
         axis.plot(steps, bits, "o-", color=_ORANGE, markersize=4, label="held out")
