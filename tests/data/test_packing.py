@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from deepseek_jax.data.packing import PackRows, fim_ids, rows_to_batch, split_fim
 from deepseek_jax.data.tokenizer import train_bpe
-from deepseek_jax.types import UserError
 
 quick = settings(max_examples=50, deadline=None)
 lengths = st.lists(st.integers(1, 20), min_size=1, max_size=12)
@@ -23,7 +22,7 @@ def make_documents(lengths):
 
 def pack(documents, seq_len, repeat=1):
     dataset = grain.MapDataset.source(documents).repeat(repeat).to_iter_dataset()
-    return PackRows(dataset, seq_len, fingerprint="x")
+    return PackRows(dataset, seq_len)
 
 
 def unpad(values, weights):
@@ -111,13 +110,6 @@ def test_resume_at_any_row(lengths, seq_len, data):
     for one, other in zip(list(fresh), rest, strict=True):
         np.testing.assert_array_equal(one.ids, other.ids)
         np.testing.assert_array_equal(one.segments, other.segments)
-
-
-def test_state_of_other_data_is_refused():
-    dataset = pack(make_documents([3]), 2)
-    state = iter(dataset).get_state() | {"fingerprint": "other"}
-    with pytest.raises(UserError, match="not those the checkpoint was written with"):
-        iter(dataset).set_state(state)
 
 
 @quick

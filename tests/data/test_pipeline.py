@@ -162,12 +162,25 @@ def test_resume_in_a_fresh_process(config, tokenizer, tmp_path):
     assert done.stdout.strip() == digest.hexdigest()
 
 
-@pytest.mark.parametrize("change", [{"seed": 5}, {"seq_len": 16}, {"fim_rate": 0.2}])
+@pytest.mark.parametrize(
+    "change",
+    [{"seed": 5}, {"seq_len": 16}, {"fim_rate": 0.2}, {"num_workers": 1}, {"shuffle": False}],
+)
 def test_state_of_other_data_is_refused(config, tokenizer, change):
     state = train_batches(config, tokenizer, 2).get_state()
     other = train_batches(dataclasses.replace(config, **change), tokenizer, 2)
     with pytest.raises(UserError, match="not those the checkpoint was written with"):
         other.set_state(state)
+    other.close()
+
+
+def test_state_of_other_tokenizer_or_share_is_refused(config, tokenizer, texts):
+    state = train_batches(config, tokenizer, 2).get_state()
+    other_tokenizer = train_batches(config, pipeline.train_bpe(texts, 300), 2)
+    other_share = train_batches(config, tokenizer, 2, process_index=0, process_count=2)
+    for other in (other_tokenizer, other_share):
+        with pytest.raises(UserError, match="not those the checkpoint was written with"):
+            other.set_state(state)
 
 
 def test_workers_resume_too(config, tokenizer):

@@ -100,6 +100,16 @@ def test_foreign_tokenizer_takes_names_from_its_config(tmp_path):
     np.testing.assert_array_equal(named.token_bytes, [1, 1, 0, 0])
 
 
+def test_truncation_padding_and_gaps_of_a_foreign_tokenizer(tmp_path):
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 7}, []))
+    backend.enable_truncation(2)
+    backend.enable_padding(length=9)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    loaded = Tokenizer.load(tmp_path)
+    assert loaded.encode("aabb") == [0, 0, 7, 7]
+    assert loaded.vocab_size == len(loaded.token_bytes) == 8
+
+
 @pytest.mark.parametrize("content", ["", "{}", "not json"])
 def test_unreadable_tokenizer(tmp_path, content):
     path = tmp_path / "tokenizer.json"

@@ -57,16 +57,14 @@ class PackRows(grain.IterDataset[Row]):
     Args:
         documents: The token ids of each document.
         seq_len: T, targets in a row.
-        fingerprint: Identifies the data; a state saved under another one is refused.
     """
 
-    def __init__(self, documents: grain.IterDataset[np.ndarray], seq_len: int, fingerprint: str):
+    def __init__(self, documents: grain.IterDataset[np.ndarray], seq_len: int):
         super().__init__(documents)
         self._seq_len = seq_len
-        self._fingerprint = fingerprint
 
     def __iter__(self) -> grain.DatasetIterator[Row]:
-        return _PackRowsIterator(iter(self._parent), self._seq_len, self._fingerprint)
+        return _PackRowsIterator(iter(self._parent), self._seq_len)
 
 
 class _Piece(NamedTuple):
@@ -75,10 +73,9 @@ class _Piece(NamedTuple):
 
 
 class _PackRowsIterator(grain.DatasetIterator[Row]):
-    def __init__(self, parent: grain.DatasetIterator, seq_len: int, fingerprint: str):
+    def __init__(self, parent: grain.DatasetIterator, seq_len: int):
         super().__init__(parent)
         self._seq_len = seq_len
-        self._fingerprint = fingerprint
         self._pieces: deque[_Piece] = deque()
         self._offset = 0  # tokens of the first piece that earlier rows have used up
         self._available = 0
@@ -101,14 +98,9 @@ class _PackRowsIterator(grain.DatasetIterator[Row]):
     def get_state(self) -> dict[str, Any]:
         """Where the next row starts: the parent at its first document, and an offset into it."""
         parent = self._pieces[0].state if self._pieces else self._parent.get_state()
-        return {"parent": parent, "offset": self._offset, "fingerprint": self._fingerprint}
+        return {"parent": parent, "offset": self._offset}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        if state["fingerprint"] != self._fingerprint:
-            raise UserError(
-                "the data are not those the checkpoint was written with (documents, tokenizer "
-                "or data options differ): restore them, or start a new run from its weights"
-            )
         self._parent.set_state(state["parent"])
         self._pieces.clear()
         self._available = -state["offset"]

@@ -147,15 +147,15 @@ def train_batches(
     if config.shuffle:
         documents = _shuffle(documents, corpus, config.seed)
     documents = documents[process_index::process_count].repeat().to_iter_dataset(_NO_THREADS)
-    fingerprint = _fingerprint(corpus, tokenizer, config, process_index, process_count)
-    rows = PackRows(documents, config.seq_len, fingerprint)
+    rows = PackRows(documents, config.seq_len)
     stack = functools.partial(rows_to_batch, mask_documents=config.mask_documents)
     batches = rows.batch(batch_size, batch_fn=stack)
     if config.num_workers:
         if not flags.FLAGS.is_parsed():  # grain's workers insist, even outside of an absl app
             flags.FLAGS.mark_as_parsed()
         batches = batches.mp_prefetch(grain.MultiprocessingOptions(config.num_workers))
-    return iter(batches)
+    fingerprint = _fingerprint(corpus, tokenizer, config, process_index, process_count)
+    return _SameDataIterator(iter(batches), fingerprint)
 
 
 def eval_batches(
@@ -187,7 +187,7 @@ def eval_batches(
     corpus = load_corpus(config)
     encoder = DocumentEncoder(corpus.held_out, tokenizer, config, fim_rate=0.0)
     documents = grain.MapDataset.range(len(corpus.held_out)).map_with_index(encoder)
-    rows = PackRows(documents.to_iter_dataset(_NO_THREADS), config.seq_len, fingerprint="")
+    rows = PackRows(documents.to_iter_dataset(_NO_THREADS), config.seq_len)
     for group in rows.batch(batch_size * process_count, batch_fn=list):
         mine = group[process_index::process_count]
         mine = mine + [_padding_row(config.seq_len)] * (batch_size - len(mine))
@@ -199,6 +199,29 @@ def target_bytes(tokenizer: Tokenizer, batch: Batch) -> int:
     """UTF-8 bytes of text that the targets of non-zero weight stand for."""
     sizes = tokenizer.token_bytes[np.asarray(batch.targets_BT)]
     return int(sizes[np.asarray(batch.loss_weights_BT) > 0].sum(dtype=np.int64))
+
+
+class _SameDataIterator(grain.DatasetIterator[Batch]):
+    """Refuses to continue from a position that was saved under other data."""
+
+    def __init__(self, parent: grain.DatasetIterator[Batch], fingerprint: str):
+        super().__init__(parent)
+        self._fingerprint = fingerprint
+
+    def __next__(self) -> Batch:
+        return next(self._parent)
+
+    def get_state(self) -> dict[str, Any]:
+        return {"fingerprint": self._fingerprint, "parent": self._parent.get_state()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        if state.get("fingerprint") != self._fingerprint:
+            raise UserError(
+                "the data are not those the checkpoint was written with (documents, tokenizer, "
+                "data options or number of processes differ): restore them, or start a new run "
+                "from its weights"
+            )
+        self._parent.set_state(state["parent"])
 
 
 class DocumentEncoder:

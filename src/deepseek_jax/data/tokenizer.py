@@ -60,7 +60,7 @@ _PAD_NAMES = (PAD, "<pad>", "[PAD]", "<|pad|>")
 
 
 class Tokenizer:
-    """Text <-> token ids.
+    """Text <-> token ids; decoding undoes encoding if byte-level and without a normaliser.
 
     Ids are ``None`` where the vocabulary lacks the token.
 
@@ -71,7 +71,7 @@ class Tokenizer:
         fim_begin_id: Fill-in-Middle: the prefix follows.
         fim_hole_id: Fill-in-Middle: the suffix follows.
         fim_end_id: Fill-in-Middle: the middle follows.
-        vocab_size: Number of ids, special tokens included.
+        vocab_size: One more than the largest id, special tokens included.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, names: dict[str, str] | None = None):
@@ -79,8 +79,12 @@ class Tokenizer:
         # In plain text the characters "<｜end▁of▁sentence｜>" are characters, not the token:
         # a document must not be able to end itself.
         backend.encode_special_tokens = True
+        # A tokenizer.json may ask for either; both would falsify documents.
+        backend.no_truncation()
+        backend.no_padding()
         self._backend = backend
-        self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
+        # Not the number of tokens: some vocabularies have gaps.
+        self.vocab_size: int = 1 + max(backend.get_vocab(with_added_tokens=True).values())
         self.bos_id = self._first_id(names.get("bos_token"), _BOS_NAMES)
         self.eos_id = self._first_id(names.get("eos_token"), _EOS_NAMES)
         self.pad_id = self._first_id(names.get("pad_token"), _PAD_NAMES)
@@ -167,8 +171,6 @@ class Tokenizer:
         sizes = np.zeros(self.vocab_size, np.int32)
         byte_alphabet = set(pre_tokenizers.ByteLevel.alphabet())
         for token, index in self._backend.get_vocab(with_added_tokens=True).items():
-            if index >= self.vocab_size:
-                continue
             if index in specials:
                 sizes[index] = 0 if specials[index].special else len(token.encode())
             else:
