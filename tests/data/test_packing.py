@@ -2,12 +2,10 @@ import json
 
 import grain
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepseek_jax.data.packing import PackRows, fim_ids, rows_to_batch, split_fim
-from deepseek_jax.data.tokenizer import train_bpe
+from deepseek_jax.data.packing import PackRows, rows_to_batch
 
 quick = settings(max_examples=50, deadline=None)
 lengths = st.lists(st.integers(1, 20), min_size=1, max_size=12)
@@ -110,30 +108,3 @@ def test_resume_at_any_row(lengths, seq_len, data):
     for one, other in zip(list(fresh), rest, strict=True):
         np.testing.assert_array_equal(one.ids, other.ids)
         np.testing.assert_array_equal(one.segments, other.segments)
-
-
-@quick
-@given(st.text(max_size=40), st.integers(0, 2**32 - 1))
-def test_fim_pieces_make_up_the_text(text, seed):
-    assert "".join(split_fim(text, np.random.default_rng(seed))) == text
-
-
-@quick
-@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=40), st.integers(0, 99))
-def test_fim_ids_recover_the_text(fim_tokenizer, text, seed):
-    ids = fim_ids(text, fim_tokenizer, np.random.default_rng(seed))
-    marks = (fim_tokenizer.fim_begin_id, fim_tokenizer.fim_hole_id, fim_tokenizer.fim_end_id)
-    begin, hole, end = (ids.index(mark) for mark in marks)
-    assert begin == 0 < hole < end
-    pieces = (ids[1:hole], ids[end + 1 :], ids[hole + 1 : end])
-    assert "".join(map(fim_tokenizer.decode, pieces)) == text
-
-
-@pytest.fixture(scope="module")
-def fim_tokenizer():
-    return train_bpe(["abc abc"], 280)
-
-
-def test_fim_cuts_are_spread_over_the_text():
-    cuts = [len(split_fim("x" * 9, np.random.default_rng(i))[0]) for i in range(200)]
-    assert set(cuts) == set(range(10))

@@ -7,13 +7,14 @@ import sys
 from collections import Counter
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tokenizers
 
 from deepseek_jax.data import packing, pipeline
 from deepseek_jax.data.pipeline import (
     DataConfig,
-    DocumentEncoder,
     eval_batches,
     fit_tokenizer,
     load_corpus,
@@ -71,28 +72,24 @@ def test_shapes_and_types(config, tokenizer):
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
-def test_each_epoch_reads_every_training_document_once(config, tokenizer, shuffle):
-    config = dataclasses.replace(config, shuffle=shuffle)
+@pytest.mark.parametrize("suffix", ["txt", "jsonl", "parquet"])
+def test_each_epoch_reads_every_training_document_once(
+    config, tokenizer, texts, tmp_path, suffix, shuffle
+):
+    if suffix == "jsonl":
+        (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in texts))
+    elif suffix == "parquet":
+        pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", row_group_size=7)
+    source = config.source if suffix == "txt" else (str(tmp_path),)
+    config = dataclasses.replace(config, source=source, shuffle=shuffle)
     corpus = load_corpus(config)
-    texts = [corpus.train[i] for i in range(len(corpus.train))]
+    train = [corpus.train[i] for i in range(len(corpus.train))]
     batches = take(train_batches(config, tokenizer, 1), epoch_rows(config, tokenizer, 2))
     read = [restore_fim(d, tokenizer) for d in documents_in(batches, tokenizer)]
-    first, second = read[: len(texts)], read[len(texts) : 2 * len(texts)]
-    assert sorted(first) == sorted(second) == sorted(texts)
-    assert (first == texts) is (second == texts) is not shuffle
+    first, second = read[: len(train)], read[len(train) : 2 * len(train)]
+    assert sorted(first) == sorted(second) == sorted(train)
+    assert (first == train) is (second == train) is not shuffle
     assert (first == second) is not shuffle
-
-
-def test_fill_in_middle_changes_with_the_epoch_alone(config, tokenizer):
-    corpus = load_corpus(config)
-    count = len(corpus.train)
-    encoder = DocumentEncoder(corpus.train, tokenizer, config, fim_rate=0.5)
-    again = DocumentEncoder(corpus.train, tokenizer, config, fim_rate=0.5)
-    epochs = [[tuple(encoder(e * count + i, i)) for i in range(count)] for e in range(2)]
-    backwards = [tuple(again(i, i)) for i in reversed(range(count))]
-    assert backwards[::-1] == epochs[0] != epochs[1]
-    share = np.mean([ids[1] == tokenizer.fim_begin_id for epoch in epochs for ids in epoch])
-    assert 0.3 < share < 0.7
 
 
 def test_order_depends_on_the_seed(config, tokenizer):
@@ -241,17 +238,6 @@ def test_load_tokenizer(config, tokenizer, tmp_path):
     assert load_tokenizer(dataclasses.replace(config, tokenizer_vocab_size=290)).vocab_size == 290
 
 
-def test_cache_has_a_limit(config, tokenizer, monkeypatch):
-    monkeypatch.setattr(pipeline, "_CACHED_TOKENS", 50)
-    documents = load_corpus(config).train
-    encoder = DocumentEncoder(documents, tokenizer, config, fim_rate=0.0)
-    for _ in range(2):
-        read = [encoder(i, i) for i in range(len(documents))]
-    texts = [documents[i] for i in range(len(documents))]
-    assert [tokenizer.decode(ids[1:-1]) for ids in read] == texts
-    assert encoder._cached_tokens <= 50
-
-
 def test_more_processes_than_documents(config, tokenizer):
     with pytest.raises(UserError, match="cannot feed 100 processes"):
         train_batches(config, tokenizer, 1, process_index=0, process_count=100)
@@ -273,7 +259,13 @@ def test_tokenizer_without_the_tokens_needed(config):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"seq_len": 0}, {"fim_rate": 1.5}, {"held_out_fraction": 0.0}, {"num_workers": -1}],
+    [
+        {"seq_len": 0},
+        {"fim_rate": 1.5},
+        {"held_out_fraction": 0.0},
+        {"num_workers": -1},
+        {"seed": -1},
+    ],
 )
 def test_config_out_of_range(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):

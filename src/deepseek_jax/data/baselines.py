@@ -6,7 +6,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float64, Int, Int32, Int64
 
-from deepseek_jax.data.pipeline import DataConfig, DocumentEncoder, eval_batches, load_corpus
+from deepseek_jax.data.encoding import DocumentEncoder
+from deepseek_jax.data.pipeline import DataConfig, eval_batches, load_corpus
 from deepseek_jax.data.sources import Documents
 from deepseek_jax.data.tokenizer import Tokenizer
 
@@ -107,7 +108,7 @@ def _discounts(counts: Int64[np.ndarray, "n"]) -> Float64[np.ndarray, "4"]:
 
 def _training_tokens(config: DataConfig, tokenizer: Tokenizer) -> Int32[np.ndarray, "n"]:
     documents = load_corpus(config).train
-    encoder = DocumentEncoder(documents, tokenizer, config, fim_rate=0.0)
+    encoder = DocumentEncoder(documents, tokenizer, add_bos=config.add_bos)
     parts, count = [], 0
     for ids in encoder.encode_all():
         parts.append(ids)

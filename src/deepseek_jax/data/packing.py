@@ -1,7 +1,7 @@
-"""Documents -> fixed rows -> ``Batch`` (V3 section 4.1).
+"""Token ids of documents -> fixed rows -> ``Batch`` (V3 section 4.1).
 
-Fill-in-Middle happens on whole documents, before packing; then documents are laid end to end
-and cut at row ends, so nothing is dropped and no row is padded but the last of a finite pass.
+Documents are laid end to end and cut at row ends, so nothing is dropped and no row is padded
+but the last of a finite pass.
 
 Grain's ``ConcatThenSplitIterDataset`` cuts disjoint rows, in which the first token of a row is
 never a target, and its state does not survive JSON. Hence the small iterator here: rows of
@@ -16,8 +16,7 @@ import grain
 import numpy as np
 from jaxtyping import Int32
 
-from deepseek_jax.data.tokenizer import Tokenizer
-from deepseek_jax.types import Batch, UserError
+from deepseek_jax.types import Batch
 
 
 class Row(NamedTuple):
@@ -25,28 +24,6 @@ class Row(NamedTuple):
 
     ids: Int32[np.ndarray, "T+1"]
     segments: Int32[np.ndarray, "T+1"]
-
-
-def split_fim(text: str, rng: np.random.Generator) -> tuple[str, str, str]:
-    """Cuts ``text`` at two characters drawn uniformly: (prefix, middle, suffix)."""
-    first, second = sorted(rng.integers(0, len(text) + 1, size=2).tolist())
-    return text[:first], text[first:second], text[second:]
-
-
-def fim_ids(text: str, tokenizer: Tokenizer, rng: np.random.Generator) -> list[int]:
-    """Prefix-Suffix-Middle: ``<fim_begin> prefix <fim_hole> suffix <fim_end> middle``.
-
-    The end-of-sentence token that follows in the paper is added with every document's.
-    """
-    begin, hole, end = tokenizer.fim_begin_id, tokenizer.fim_hole_id, tokenizer.fim_end_id
-    if begin is None or hole is None or end is None:
-        raise UserError(
-            "the tokenizer has no Fill-in-Middle tokens: set `fim_rate` to 0 or use a "
-            "tokenizer that has them"
-        )
-    prefix, middle, suffix = split_fim(text, rng)
-    encode = tokenizer.encode
-    return [begin, *encode(prefix), hole, *encode(suffix), end, *encode(middle)]
 
 
 class PackRows(grain.IterDataset[Row]):

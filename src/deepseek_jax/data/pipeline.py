@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 from absl import flags
-from jaxtyping import Int32
 
 from deepseek_jax.data.corpus import Corpus, open_corpus
-from deepseek_jax.data.packing import PackRows, Row, fim_ids, rows_to_batch
+from deepseek_jax.data.encoding import DocumentEncoder
+from deepseek_jax.data.packing import PackRows, Row, rows_to_batch
 from deepseek_jax.data.shuffle import BlockShuffle, find_blocks
 from deepseek_jax.data.sources import Documents
 from deepseek_jax.data.tokenizer import Tokenizer, train_bpe
@@ -22,7 +22,6 @@ from deepseek_jax.types import Batch, UserError
 # Reading and tokenising happen in the calling thread: the step runs on the accelerator (or on
 # the other cores) meanwhile, and `num_workers` is the way to more.
 _NO_THREADS = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-_CACHED_TOKENS = 64_000_000  # 256 MB of token ids kept per process
 _TOKENIZER_SAMPLE_BYTES = 200_000_000
 
 
@@ -74,8 +73,9 @@ class DataConfig:
                 "`held_out_fraction` is a share between 0 and 1, both excluded, not "
                 f"{self.held_out_fraction}"
             )
-        if self.num_workers < 0:
-            raise UserError(f"`num_workers` cannot be negative, but is {self.num_workers}")
+        for name in ("seed", "num_workers"):
+            if getattr(self, name) < 0:
+                raise UserError(f"`{name}` cannot be negative, but is {getattr(self, name)}")
 
 
 class EvalBatch(NamedTuple):
@@ -137,12 +137,18 @@ def train_batches(
         UserError: Unusable documents or tokenizer, or fewer documents than processes.
     """
     corpus = load_corpus(config)
-    encoder = DocumentEncoder(corpus.train, tokenizer, config, fim_rate=config.fim_rate)
-    if len(corpus.train) < process_count * max(1, config.num_workers):
+    if len(corpus.train) < process_count:
         raise UserError(
-            f"{len(corpus.train)} training documents cannot feed {process_count} processes of "
-            f"{max(1, config.num_workers)} workers: split the documents or use fewer"
+            f"{len(corpus.train)} training documents cannot feed {process_count} processes: "
+            "split the documents or use fewer processes"
         )
+    encoder = DocumentEncoder(
+        corpus.train,
+        tokenizer,
+        add_bos=config.add_bos,
+        fim_rate=config.fim_rate,
+        seed=config.seed,
+    )
     documents = grain.MapDataset.range(len(corpus.train)).map_with_index(encoder)
     if config.shuffle:
         documents = _shuffle(documents, corpus, config.seed)
@@ -185,7 +191,7 @@ def eval_batches(
         UserError: Unusable documents or tokenizer.
     """
     corpus = load_corpus(config)
-    encoder = DocumentEncoder(corpus.held_out, tokenizer, config, fim_rate=0.0)
+    encoder = DocumentEncoder(corpus.held_out, tokenizer, add_bos=config.add_bos)
     documents = grain.MapDataset.range(len(corpus.held_out)).map_with_index(encoder)
     rows = PackRows(documents.to_iter_dataset(_NO_THREADS), config.seq_len)
     for group in rows.batch(batch_size * process_count, batch_fn=list):
@@ -222,64 +228,6 @@ class _SameDataIterator(grain.DatasetIterator[Batch]):
                 "from its weights"
             )
         self._parent.set_state(state["parent"])
-
-
-class DocumentEncoder:
-    """Document number (counted on over the epochs) -> its token ids, begin and end included.
-
-    The draw for Fill-in-Middle depends on (seed, document, epoch) alone, so it is the same
-    whatever the order, the process or the number of restarts. Ids of documents left as they
-    are stay in memory, up to 256 MB: a small corpus is tokenised once.
-    """
-
-    def __init__(
-        self, documents: Documents, tokenizer: Tokenizer, config: DataConfig, *, fim_rate: float
-    ):
-        if tokenizer.eos_id is None:
-            raise UserError(
-                "the tokenizer has no end-of-sentence token: name it as eos_token in a "
-                "tokenizer_config.json beside the tokenizer.json"
-            )
-        if fim_rate > 0:
-            fim_ids("", tokenizer, np.random.default_rng(0))  # complains now, not mid-run
-        self._documents = documents
-        self._tokenizer = tokenizer
-        self._fim_rate = fim_rate
-        self._seed = config.seed
-        bos_id = tokenizer.bos_id if config.add_bos else None
-        self._before = [] if bos_id is None else [bos_id]
-        self._after = [tokenizer.eos_id]
-        self._cache: dict[int, np.ndarray] = {}
-        self._cached_tokens = 0
-
-    def __call__(self, index: int, _: Any) -> Int32[np.ndarray, "n"]:
-        """Token ids of document ``index % len(documents)`` in epoch ``index // len(documents)``."""
-        epoch, document = divmod(index, len(self._documents))
-        if self._fim_rate > 0:
-            rng = np.random.default_rng((self._seed, document, epoch))
-            if rng.random() < self._fim_rate:
-                return self._wrap(fim_ids(self._documents[document], self._tokenizer, rng))
-        ids = self._cache.get(document)
-        if ids is None:
-            ids = self._wrap(self._tokenizer.encode(self._documents[document]))
-            if self._cached_tokens + len(ids) <= _CACHED_TOKENS:
-                self._cache[document] = ids
-                self._cached_tokens += len(ids)
-        return ids
-
-    def encode_all(self) -> Iterator[Int32[np.ndarray, "n"]]:
-        """The token ids of every document in order, as they are, on all CPU cores."""
-        for start in range(0, len(self._documents), 64):
-            stop = min(start + 64, len(self._documents))
-            texts = [self._documents[i] for i in range(start, stop)]
-            yield from (self._wrap(ids) for ids in self._tokenizer.encode_batch(texts))
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Workers build caches of their own.
-        return self.__dict__ | {"_cache": {}, "_cached_tokens": 0}
-
-    def _wrap(self, ids: list[int]) -> np.ndarray:
-        return np.array([*self._before, *ids, *self._after], np.int32)
 
 
 def _padding_row(seq_len: int) -> Row:
