@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -410,6 +411,68 @@ def test_another_number_of_processes_is_named(tmp_path, monkeypatch):
     )
     with pytest.raises(UserError, match=r"saved by 4 processes.* resume it with 4 instead of 1"):
         restore(tmp_path)
+
+
+PROCESS = """
+    import sys, jax
+    process, port, directory = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+    jax.distributed.initialize(f"localhost:{port}", 2, process)
+
+    import jax.numpy as jnp, numpy as np
+    from jax.experimental import multihost_utils
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+    from deepseek_jax.checkpoint import Checkpointer, claim_run_directory
+    from deepseek_jax.types import TrainState
+
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    def place(value, *spec):
+        return jax.jit(lambda: value, out_shardings=NamedSharding(mesh, PartitionSpec(*spec)))()
+    def state(step):
+        w = jnp.arange(256.0).reshape(64, 4) + step
+        return TrainState(place(jnp.int32(step)), {"w": place(w, "data")}, (place(-w, "data"),),
+                          place(jnp.ones((2, 4))))
+
+    claim_run_directory(directory, {}, resume=False)
+    with Checkpointer(directory) as checkpointer:
+        for step in (1, 2):
+            data = bytes(process * 5 + step)  # of another length on every process
+            checkpointer.save(step, state(step), data_state=data, rng=jax.random.key(step))
+        checkpointer.wait()
+        if process == 0:
+            victim = max(checkpointer.directory.glob("checkpoints/2/model/*1/d/*"),
+                         key=lambda path: path.stat().st_size)
+            victim.write_bytes(victim.read_bytes()[:-1])
+        multihost_utils.sync_global_devices("damaged")
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state(0))
+        back = checkpointer.restore_latest(abstract)
+        assert (back.step, len(back.data_state)) == (1, process * 5 + 1), back
+        for a, b in zip(jax.tree.leaves(back.state), jax.tree.leaves(state(1)), strict=True):
+            for x, y in zip(a.addressable_shards, b.addressable_shards, strict=True):
+                assert (x.data == y.data).all()
+        checkpointer.save(2, state(2), data_state=b"", rng=jax.random.key(2))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_save_and_restore_together(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = str(probe.getsockname()[1])
+    command = [sys.executable, "-c", textwrap.dedent(PROCESS)]
+    both = [
+        subprocess.Popen(
+            [*command, str(process), port, str(tmp_path / "run")],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
+        )
+        for process in (0, 1)
+    ]
+    errors = [process.communicate(timeout=120)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], "\n".join(errors)
+    assert steps_in(tmp_path / "run") == [1, 2]
+    assert (tmp_path / "run/damaged-step-2").exists()
 
 
 # --- handing over -----------------------------------------------------------------------------

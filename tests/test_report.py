@@ -197,12 +197,21 @@ def test_quiet_on_other_processes(monkeypatch, capsys):
 def test_summary_table():
     rows = [
         {"model": "tiny", "bits per byte": 2.123456, "bytes": 1234567, "ok": True},
-        {"model": "gzip -9", "bits per byte": 2.5},
+        {"model": "gzip -9", "bits per byte": 2.5, "tokens/s": 98_765.4},
     ]
     out = io.StringIO()
     Console(file=out, width=80).print(summary_table(rows, title="held out"))
     text = out.getvalue()
-    for part in ("held out", "bits per byte", "2.123", "2.5", "1,234,567", "gzip -9", "True"):
+    for part in (
+        "held out",
+        "bits per byte",
+        "2.123",
+        "2.500",
+        "98,765",
+        "1,234,567",
+        "gzip -9",
+        "True",
+    ):
         assert part in text
     summary_table([])
 

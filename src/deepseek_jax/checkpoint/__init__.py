@@ -13,9 +13,10 @@
 
 Orbax writes a step into a temporary directory and renames it when complete, so a killed process
 leaves no half-written step behind. It does not notice damage *after* that: TensorStore checks the
-index of an array but not its chunks, and a flipped bit in a chunk may well decode. Hence
-``checksums.json``: it is written into the temporary directory just before the rename (a step that
-is visible always has one), and a step is restored only if every file still agrees with it.
+index of an array but not its chunks (in a trial, all of 24 single flipped bits in chunks came back
+as wrong numbers without an error). Hence ``checksums.json``: it is written into the temporary
+directory just before the rename, so that a visible step always has one, and a step is restored
+only if every file still agrees with it. CRC-32 finds accidents, which is the aim, at several GB/s.
 
 Directories must be on a POSIX file system that all processes share (local disk, NFS, Lustre,
 gcsfuse). Nothing is pickled: arrays are Zarr, everything else is JSON.

@@ -90,7 +90,7 @@ def _problem(folder: Path, prefix: str) -> str | None:
             raise KeyError(prefix)
         mine = names[jax.process_index() :: jax.process_count()]
         with ThreadPoolExecutor() as pool:
-            checks = pool.map(lambda name: _mismatch(folder / name, expected[name]), mine)
+            checks = pool.map(lambda name: _mismatch(folder, name, expected[name]), mine)
             mistakes = [check for check in checks if check]
     except (OSError, ValueError, KeyError, TypeError) as error:
         mistakes = [f"{_CHECKSUMS} is missing or unreadable ({type(error).__name__})"]
@@ -98,8 +98,8 @@ def _problem(folder: Path, prefix: str) -> str | None:
     return next((mistake for mistake in everyone if mistake), None)
 
 
-def _mismatch(path: Path, expected: list[int]) -> str | None:
-    name = f"{path.parent.name}/{path.name}"
+def _mismatch(folder: Path, name: str, expected: list[int]) -> str | None:
+    path = folder / name
     try:
         size = path.stat().st_size
         if size != expected[0]:

@@ -111,7 +111,7 @@ def _clock(seconds: float | int) -> str:
 def summary_table(rows: Sequence[Mapping[str, object]], *, title: str | None = None) -> Table:
     """A table for the console: a row per mapping, columns by the keys in order of appearance.
 
-    Floats get four significant digits, integers their thousands; both are aligned to the right.
+    Floats get four significant digits, large numbers their thousands; both align to the right.
     """
     names = list(dict.fromkeys(name for row in rows for name in row))
     table = Table(title=title, title_justify="left")
@@ -127,5 +127,5 @@ def _cell(value: object) -> str:
     if value is None:
         return ""
     if isinstance(value, float):
-        return f"{value:.4g}"
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.4g}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
