@@ -44,6 +44,25 @@ def test_held_out_source(tmp_path, texts):
     corpus = open_corpus(source, held_out_source=held_out)
     assert texts_of(corpus.train) == texts
     assert texts_of(corpus.held_out) == ["other"]
+    (tmp_path / "a" / "0000.txt").write_text("longer than it was before: " * 20)
+    assert open_corpus(source, held_out_source=held_out).fingerprint != corpus.fingerprint
+
+
+def test_held_out_source_spares_reading_the_rest(tmp_path, texts):
+    source = write_all(tmp_path / "a", texts)
+    held_out = write_all(tmp_path / "b", ["other"])
+    (tmp_path / "a" / "0030.txt").write_bytes(b"\xff")
+    corpus = open_corpus(source, held_out_source=held_out)
+    with pytest.raises(UserError, match=r"0030\.txt is not UTF-8 at byte 0"):
+        corpus.train[30]
+
+
+@pytest.mark.parametrize("empty", ["source", "held_out_source"])
+def test_empty_side_of_a_pair(tmp_path, texts, empty):
+    sides = {"source": write_all(tmp_path / "a", texts), "held_out_source": ("stdlib",)}
+    sides[empty] = write_all(tmp_path / "b", ["", ""])
+    with pytest.raises(UserError, match=r"corpus is empty: no text in .*b.0000\.txt"):
+        open_corpus(**sides)
 
 
 def test_a_changed_file_is_read_again(tmp_path, texts):
