@@ -168,12 +168,13 @@ def test_plain_lines_now_and_then(monkeypatch):
     out = io.StringIO()
     progress = Progress(100, initial=60, interval_s=10, console=Console(file=out))
     for step in range(61, 101):
-        clock[0] += 3.0
+        clock[0] += 30.0 if step == 61 else 3.0  # the first step is compiled
         progress.update(step, loss=2.5, tokens_per_s=12_345.0)
     printed = out.getvalue().splitlines()
-    assert printed[0] == "step 64/100  loss 2.5000  12.3k tokens/s  eta 0:01:48"
+    assert printed[0] == "step 61/100  loss 2.5000  12.3k tokens/s  eta ?"
+    assert printed[1] == "step 65/100  loss 2.5000  12.3k tokens/s  eta 0:01:45"
     assert printed[-1] == "step 100/100  loss 2.5000  12.3k tokens/s  eta 0:00:00"
-    assert len(printed) == 10
+    assert len(printed) == 11
     assert all(len(line.splitlines()) == 1 for line in printed)
 
 
@@ -184,6 +185,12 @@ def test_a_bar_on_a_terminal():
     assert "100/100" in out.getvalue()
     assert "loss 2.5000" in out.getvalue()
     assert "a [path] in brackets" in out.getvalue()
+
+
+def test_no_bar_without_steps():
+    out = io.StringIO()
+    drive(Progress(100, console=Console(file=out, force_terminal=True, _environ={})), [])
+    assert out.getvalue() == "a [path] in brackets\n"
 
 
 def test_quiet_on_other_processes(monkeypatch, capsys):

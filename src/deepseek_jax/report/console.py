@@ -39,8 +39,9 @@ class Progress:
         console: Console | None = None,
     ):
         self.console = console or Console(quiet=jax.process_index() != 0)
-        self._total, self._initial, self._interval_s = total, initial, interval_s
-        self._started = self._last_line = time.monotonic()
+        self._total, self._interval_s = total, interval_s
+        self._first: tuple[int, float] | None = None  # step and time of the first update
+        self._last_line = time.monotonic()
         self._bar = None
         if self.console.is_terminal:
             self._bar = RichProgress(
@@ -65,14 +66,16 @@ class Progress:
         """
         text = f"loss {float(loss):.4f}  {_thousands(float(tokens_per_s))} tokens/s"
         if self._bar is not None:
+            self._bar.start()  # the first time; a run that ends before leaves no empty bar
             self._bar.update(self._task, completed=step, text=text)
             return
         now = time.monotonic()
+        first, since = self._first = self._first or (step, now)  # leaves out the compilation
         if now - self._last_line >= self._interval_s or step >= self._total:
             self._last_line = now
-            done = max(step - self._initial, 1)
-            eta = (now - self._started) / done * max(self._total - step, 0)
-            self.print(f"step {step}/{self._total}  {text}  eta {_clock(eta)}")
+            left = max(self._total - step, 0)
+            eta = _clock((now - since) / (step - first) * left) if step > first else "?"
+            self.print(f"step {step}/{self._total}  {text}  eta {eta}")
 
     def print(self, text: str) -> None:
         """Prints a line, above the bar where there is one."""
@@ -81,8 +84,6 @@ class Progress:
             self.console.file.flush()  # a log file is read while the run goes on
 
     def __enter__(self) -> "Progress":
-        if self._bar is not None:
-            self._bar.start()
         return self
 
     def __exit__(
