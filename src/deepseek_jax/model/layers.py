@@ -1,5 +1,7 @@
 """What every block is made of: matmul with the precision policy, RMSNorm, SwiGLU, parameters."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -40,6 +42,18 @@ def swiglu(
     return out.astype(precision.compute_dtype)
 
 
+class LogicalAxes(nn.Partitioned):
+    """A parameter boxed with the names of its logical axes (``sharding.RULES``).
+
+    Flax's own box takes the names for mesh axes and, under a mesh, constrains the value to them.
+    """
+
+    def unbox(self, apply_constraint: bool = True) -> Any:
+        """The bare parameter."""
+        del apply_constraint
+        return self.value
+
+
 class ParamModule(nn.Module):
     """A module that only declares parameters: shape, logical axes and initial value in one line."""
 
@@ -48,15 +62,17 @@ class ParamModule(nn.Module):
 
     def weight(self, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> jax.Array:
         """A matrix drawn from N(0, initializer_range^2) (V3 section 4.2)."""
-        init = nn.initializers.normal(self.config.initializer_range, self.precision.param_dtype)
-        return self.param(name, nn.with_partitioning(init, axes), shape)
+        return self._declare(
+            name, nn.initializers.normal(self.config.initializer_range), shape, axes
+        )
 
     def scale(self, name: str, size: int) -> jax.Array:
         """The gain of an RMSNorm, initially 1."""
-        init = nn.initializers.ones_init()
-        return self.param(
-            name, nn.with_partitioning(init, ("norm",)), (size,), self.precision.param_dtype
-        )
+        return self._declare(name, nn.initializers.ones_init(), (size,), ("norm",))
+
+    def _declare(self, name: str, init: Any, shape: tuple[int, ...], axes: Any) -> jax.Array:
+        dtype = self.precision.param_dtype
+        return self.param(name, lambda key: LogicalAxes(init(key, shape, dtype), axes))
 
 
 class FeedForward(ParamModule):

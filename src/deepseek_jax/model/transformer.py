@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from deepseek_jax.config import FLOAT32, ModelConfig, Precision, RematPolicy
 from deepseek_jax.model.attention import MLA, LayerCache, Positions
-from deepseek_jax.model.layers import FeedForward, ParamModule, rms_norm
+from deepseek_jax.model.layers import FeedForward, LogicalAxes, ParamModule, rms_norm
 from deepseek_jax.model.moe import Balance, MoE
 from deepseek_jax.model.mtp import MTPModule, shift_left
 from deepseek_jax.model.rope import rope_tables
@@ -252,7 +252,7 @@ def logical_axes(model: DeepSeekV3) -> Params:
     """The logical axes of every parameter, as tuples (see ``sharding.RULES``)."""
     boxed = jax.eval_shape(functools.partial(_boxed, model), jax.random.key(0))
     return jax.tree.map(
-        lambda box: tuple(box.names), boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned)
+        lambda box: tuple(box.names), boxed, is_leaf=lambda x: isinstance(x, LogicalAxes)
     )
 
 

@@ -1,0 +1,22 @@
+"""Pretrain ``tiny`` on the Python standard library's source: minutes on two CPU cores."""
+
+from pathlib import Path
+
+from deepseek_jax.cli import run_recipe
+from deepseek_jax.config import FLOAT32, preset
+from deepseek_jax.data.pipeline import DataConfig
+from deepseek_jax.train.loop import LoopConfig
+from deepseek_jax.train.optim import OptimConfig
+from deepseek_jax.train.pretrain import PretrainConfig, pretrain
+
+CONFIG = PretrainConfig(
+    out=Path("out/stdlib"),
+    model=preset("tiny"),
+    precision=FLOAT32,  # CPUs have no fast bfloat16
+    data=DataConfig(source=("stdlib",), seq_len=256),
+    loop=LoopConfig(steps=300, batch_size=16, eval_every=100, save_every=100),
+    optim=OptimConfig(peak_lr=3e-3, min_lr=3e-4, final_lr=1e-4),
+)
+
+if __name__ == "__main__":
+    run_recipe(pretrain, CONFIG)

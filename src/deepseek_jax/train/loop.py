@@ -1,0 +1,258 @@
+"""The loop around the training step, the same for every stage that learns from batches."""
+
+import contextlib
+import dataclasses
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from deepseek_jax import sharding
+from deepseek_jax.checkpoint import Checkpointer, Restored
+from deepseek_jax.report import LossMonitor, MetricsWriter, Progress
+from deepseek_jax.train.optim import Schedule, batch_ramp
+from deepseek_jax.train.step import Metrics, TrainStep, place_batch
+from deepseek_jax.types import Batch, TrainState, UserError
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How long, how much at a time, and what is kept."""
+
+    steps: int = 1000
+    batch_size: int = 16
+    """Sequences per optimizer step, over all devices."""
+    micro_batch: int | None = None
+    """Sequences at a time, over all devices; the gradient is accumulated. None: all at once."""
+    first_batch_size: int | None = None
+    """Where the batch-size ramp begins (V3: 3072 of 15,360). None: no ramp."""
+    ramp_fraction: float = 0.469 / 14.8
+    """Fraction of the run that the ramp takes (V3: 469B of 14.8T tokens)."""
+    eval_every: int = 200
+    """Steps between evaluations on the held-out split; 0: at the end alone."""
+    eval_batches: int | None = 8
+    """Batches of an evaluation during the run; the one at the end takes the whole split."""
+    save_every: int = 200
+    """Steps between checkpoints; the last step is always saved."""
+    keep_last: int = 3
+    keep_every: int | None = None
+    """Also keep for ever every checkpoint of a step that is a multiple of this."""
+    max_skips: int = 8
+    """Steps skipped in a row (loss not finite, or a spike) after which the run stops."""
+    init_seed: int = 0
+    """Of the initial weights, and of the sample at the end."""
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that do not divide one another."""
+        if self.steps < 1 or self.save_every < 1 or self.keep_last < 1 or self.max_skips < 1:
+            raise UserError("steps, save_every, keep_last and max_skips must be at least 1.")
+        for name in ("batch_size", "first_batch_size"):
+            size = getattr(self, name)
+            if size is not None and (size < 1 or size % self.rows):
+                raise UserError(f"{name}={size} must be a multiple of micro_batch={self.rows}.")
+        if self.first_batch_size is not None and self.first_batch_size > self.batch_size:
+            raise UserError(
+                f"the ramp goes up: first_batch_size={self.first_batch_size} exceeds "
+                f"batch_size={self.batch_size}."
+            )
+
+    @property
+    def rows(self) -> int:
+        """Sequences of one micro-batch."""
+        return self.micro_batch or self.first_batch_size or self.batch_size
+
+    def micro_batches(self, step: int) -> int:
+        """How many micro-batches step ``step`` (from 0) accumulates."""
+        first = self.first_batch_size or self.batch_size
+        ramp = batch_ramp(first, self.batch_size, round(self.steps * self.ramp_fraction), self.rows)
+        return ramp(step) // self.rows
+
+
+class Evaluation(NamedTuple):
+    """Held-out figures."""
+
+    loss: float
+    """Nats per token."""
+    bits_per_byte: float
+
+    def scalars(self) -> dict[str, float]:
+        """As they are named in the metrics."""
+        return {
+            "eval_loss": self.loss,
+            "eval_perplexity": math.exp(min(self.loss, 700.0)),
+            "eval_bits_per_byte": self.bits_per_byte,
+        }
+
+
+class Task(NamedTuple):
+    """What the loop works on; made by a stage (``pretrain``, ...)."""
+
+    step: TrainStep
+    batches: Any
+    """Iterator of this process's micro-batches with ``get_state`` and ``set_state``."""
+    evaluate: Callable[[TrainState, int | None], Evaluation]
+    """``evaluate(state, batches)``: on so many batches, or on all."""
+    learning_rate: Schedule
+    flops_per_token: float
+    peak_flops: float | None
+    """Of all devices together, where known."""
+
+
+class Outcome(NamedTuple):
+    """How ``fit`` ended."""
+
+    state: TrainState
+    step: int
+    finished: bool
+    """False after SIGTERM or SIGINT: all is saved, ``--resume`` continues."""
+    first_load_LE: np.ndarray
+    last_load_LE: np.ndarray
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[Callable[[], bool]]:
+    """SIGTERM and SIGINT are noted and answered between two steps; a second SIGINT kills."""
+    requested = False
+
+    def note(signum: int, _: Any) -> None:
+        nonlocal requested
+        requested = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: requested
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def fit(
+    task: Task,
+    config: LoopConfig,
+    state: TrainState,
+    mesh: Mesh,
+    checkpointer: Checkpointer,
+    writer: MetricsWriter,
+    restored: Restored | None = None,
+) -> Outcome:
+    """Train from ``state`` (or where ``restored`` left off) to ``config.steps``.
+
+    Raises:
+        UserError: too many steps were skipped, or a checkpoint could not be written. The last
+            good checkpoint is intact either way.
+    """
+    monitor = LossMonitor(max_consecutive=config.max_skips)
+    first, load, tokens = 0, None, 0
+    key = jax.random.key(config.init_seed)
+    if restored is not None:
+        first, key = restored.step, restored.rng
+        task.batches.set_state(restored.data_state)
+        monitor.load(restored.extra["monitor"])
+        load, tokens = np.asarray(restored.extra["first_load"]), restored.extra["tokens"]
+    # Waiting for each step's loss before the next is started keeps the spike threshold, and so
+    # the run, the same whether or not it was interrupted; the next batch is made meanwhile.
+    train_step = jit_step(task.step, state)
+    last_load = load
+    saved = first
+
+    def save(step: int) -> None:
+        extra = {
+            "monitor": monitor.state(),
+            "first_load": [] if load is None else load.tolist(),
+            "tokens": tokens,
+        }
+        checkpointer.save(step, state, data_state=data_state, rng=key, extra=extra)
+
+    step = first
+    data_state = task.batches.get_state()
+    with stop_requests() as stop, Progress(config.steps, initial=first) as progress:
+        batch = _next_batch(task, config, step, mesh) if step < config.steps else None
+        while step < config.steps and not stop():
+            started = time.perf_counter()
+            assert batch is not None
+            size = batch.tokens_BT.size
+            state, metrics = train_step(state, batch, np.float32(monitor.threshold()))
+            data_state = task.batches.get_state()
+            if step + 1 < config.steps:
+                batch = _next_batch(task, config, step + 1, mesh)
+            metrics = jax.device_get(metrics)
+            seconds = time.perf_counter() - started
+            step, tokens = step + 1, tokens + size
+            last_load = metrics.pop("load_LE")
+            load = last_load if load is None else load
+            line = _scalars(task, metrics, state, size / seconds) | {"tokens": tokens}
+            if monitor.observe(step, line["loss"], skipped=bool(line.pop("skipped"))):
+                progress.print(f"step {step} skipped: loss {line['loss']:.4g}")
+            writer.write(step, line | {"skipped": monitor.skipped})
+            progress.update(step, loss=line["loss"], tokens_per_s=size / seconds)
+            if config.eval_every and step % config.eval_every == 0 and step < config.steps:
+                evaluation = task.evaluate(state, config.eval_batches)
+                writer.write(step, evaluation.scalars())
+                progress.print(
+                    f"step {step}: held-out loss {evaluation.loss:.4f}, "
+                    f"{evaluation.bits_per_byte:.4f} bits per byte"
+                )
+            if step % config.save_every == 0:
+                save(step)
+                saved = step
+        if step > saved:
+            save(step)
+        checkpointer.wait()
+        if step < config.steps:
+            progress.print(f"stopped and saved at step {step}; continue with --resume.")
+    assert load is not None
+    assert last_load is not None
+    return Outcome(state, step, step == config.steps, load, last_load)
+
+
+def jit_step(step: TrainStep, state: TrainState) -> TrainStep:
+    """Compile with donation; every output leaf stays where its input was."""
+    where = jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(step, donate_argnums=0, out_shardings=(where, None))
+
+
+def _next_batch(task: Task, config: LoopConfig, step: int, mesh: Mesh) -> Batch:
+    return place_batch([next(task.batches) for _ in range(config.micro_batches(step))], mesh)
+
+
+def _scalars(
+    task: Task, metrics: Metrics, state: TrainState, tokens_per_s: float
+) -> dict[str, float]:
+    line = {name: float(value) for name, value in metrics.items()}
+    # The state counts the updates applied; the one just made used the rate of the one before.
+    applied = int(state.step) - (0 if line["skipped"] else 1)
+    line |= {"learning_rate": float(task.learning_rate(applied)), "tokens_per_s": tokens_per_s}
+    if task.peak_flops is not None:
+        line["mfu"] = tokens_per_s * task.flops_per_token / task.peak_flops
+    return line
+
+
+def local_rows(rows: int, mesh: Mesh) -> int:
+    """This process's share of a batch of ``rows`` sequences.
+
+    Raises:
+        UserError: if they cannot be divided evenly over the mesh.
+    """
+    shards = sharding.batch_shards(mesh)
+    if rows % shards:
+        raise UserError(
+            f"{rows} sequences cannot be divided over {shards} batch shards of the mesh "
+            f"({dict(mesh.shape)}); make micro_batch a multiple of {shards}."
+        )
+    return rows // jax.process_count()
+
+
+def to_json(config: Any) -> Any:
+    """A configuration as JSON values, for ``run.json``."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return {f.name: to_json(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, tuple | list):
+        return [to_json(x) for x in config]
+    return config if isinstance(config, str | int | float | bool | None) else str(config)

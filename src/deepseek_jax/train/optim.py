@@ -1,0 +1,178 @@
+"""AdamW as in the V3 report (section 4.2), and everything that varies with the step."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from deepseek_jax.types import Params, UserError
+
+Schedule = Callable[[Int[Array, ""] | int], Float[Array, ""] | float]
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimizer and schedules; the defaults are V3's, its 14.8T tokens being 1.
+
+    Learning rate: linear warmup, constant, cosine to ``min_lr``, constant, ``final_lr``.
+    """
+
+    peak_lr: float = 2.2e-4
+    min_lr: float = 2.2e-5
+    final_lr: float = 7.3e-6
+    warmup_steps: int | None = None
+    """None: V3's 2000, or a twentieth of a run too short for them."""
+    constant_until: float = 10 / 14.8
+    """Fraction of the run at which the cosine begins."""
+    cosine_until: float = 14.3 / 14.8
+    """Fraction of the run at which ``min_lr`` is reached."""
+    min_until: float = (14.3 + 0.333) / 14.8
+    """Fraction of the run at which ``final_lr`` begins."""
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    """On matrices only: RMSNorm gains are not decayed."""
+    clip_norm: float = 1.0
+    ema_decay: float | None = None
+    """Keep an exponential moving average of the parameters (see ``ema_params``)."""
+    mtp_weight: float = 0.3
+    """Lambda of V3 Eq. 25 until ``constant_until``, ``mtp_weight_final`` after."""
+    mtp_weight_final: float = 0.1
+    bias_speed: float = 0.001
+    """Gamma of the router bias until ``cosine_until``; 0 after (V3 section 4.2)."""
+
+    def __post_init__(self) -> None:
+        """Refuse schedules that run backwards."""
+        if not 0 <= self.constant_until <= self.cosine_until <= self.min_until <= 1:
+            raise UserError(
+                "the schedule needs 0 <= constant_until <= cosine_until <= min_until <= 1, not "
+                f"{self.constant_until:.4g}, {self.cosine_until:.4g}, {self.min_until:.4g}."
+            )
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise UserError(f"ema_decay={self.ema_decay} must lie between 0 and 1.")
+        if (self.warmup_steps or 0) < 0 or self.clip_norm <= 0:
+            raise UserError("warmup_steps must not be negative, and clip_norm must be positive.")
+
+
+def learning_rate(config: OptimConfig, steps: int) -> Schedule:
+    """V3's schedule stretched over ``steps``.
+
+    Raises:
+        UserError: if the warmup does not fit before the cosine.
+    """
+    constant, cosine, end = (
+        round(steps * fraction)
+        for fraction in (config.constant_until, config.cosine_until, config.min_until)
+    )
+    warmup = min(2000, steps // 20) if config.warmup_steps is None else config.warmup_steps
+    if warmup > constant:
+        raise UserError(
+            f"warmup_steps={warmup} runs past step {constant}, where the cosine "
+            f"begins in a run of {steps}; lower warmup_steps or raise constant_until."
+        )
+    return optax.join_schedules(
+        [
+            # Step 0 already learns: a learning rate of 0 would waste a batch.
+            optax.linear_schedule(config.peak_lr / (warmup + 1), config.peak_lr, warmup),
+            optax.constant_schedule(config.peak_lr),
+            optax.cosine_decay_schedule(
+                config.peak_lr, max(cosine - constant, 1), config.min_lr / config.peak_lr
+            ),
+            optax.constant_schedule(config.min_lr),
+            optax.constant_schedule(config.final_lr),
+        ],
+        [warmup, constant, cosine, end],
+    )
+
+
+def mtp_weight(config: OptimConfig, steps: int) -> Schedule:
+    """Lambda: 0.3 for the first 10T tokens, then 0.1."""
+    change = round(steps * config.constant_until)
+    return lambda step: jnp.where(step < change, config.mtp_weight, config.mtp_weight_final)
+
+
+def bias_speed(config: OptimConfig, steps: int) -> Schedule:
+    """Gamma: 0.001 for the first 14.3T tokens, then 0."""
+    change = round(steps * config.cosine_until)
+    return lambda step: jnp.where(step < change, config.bias_speed, 0.0)
+
+
+def batch_ramp(first: int, last: int, ramp_steps: int, multiple: int) -> Callable[[int], int]:
+    """Sequences per step: from ``first`` to ``last`` in at most eight equal stairs.
+
+    V3 went from 3072 to 15,360 over its first 469B tokens without giving the shape; stairs,
+    because every distinct size is compiled once. All sizes are multiples of ``multiple``.
+    """
+    stairs = min(8, max(1, (last - first) // multiple))
+
+    def size(step: int) -> int:
+        if step >= ramp_steps:
+            return last
+        stair = step * stairs // ramp_steps
+        grown = first + (last - first) * stair / stairs
+        return math.floor(grown / multiple) * multiple
+
+    return size
+
+
+def decays(params: Params) -> Any:
+    """True for the leaves that weight decay applies to: all but RMSNorm gains.
+
+    By name and not by rank: stacked over layers, a gain is two-dimensional too.
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: not path[-1].key.endswith("norm"), params
+    )
+
+
+class ParamsEma(NamedTuple):
+    """State of ``params_ema``."""
+
+    ema: Params
+
+
+def params_ema(decay: float) -> optax.GradientTransformation:
+    """Pass updates through and average the parameters they lead to; last in a chain.
+
+    Starts at the initial parameters; V3 keeps such an average without stating its decay.
+    """
+
+    def update(updates, state, params=None):
+        after = optax.apply_updates(params, updates)
+        ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, after)
+        return updates, ParamsEma(ema)
+
+    # A copy: the state is donated to the step beside the parameters.
+    return optax.GradientTransformation(lambda p: ParamsEma(jax.tree.map(jnp.copy, p)), update)
+
+
+def ema_params(opt_state: Any) -> Params:
+    """The averaged parameters inside an optimizer state.
+
+    Raises:
+        UserError: if the run keeps none.
+    """
+    is_ema = lambda x: isinstance(x, ParamsEma)  # noqa: E731
+    found = [x for x in jax.tree.leaves(opt_state, is_leaf=is_ema) if is_ema(x)]
+    if not found:
+        raise UserError("this run keeps no average of its parameters; set ema_decay.")
+    return found[0].ema
+
+
+def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
+    """Clip, Adam, decoupled decay, schedule, and the optional average."""
+    parts = [
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.scale_by_adam(config.b1, config.b2, config.eps),
+        optax.add_decayed_weights(config.weight_decay, mask=decays),
+        optax.scale_by_learning_rate(learning_rate(config, steps)),
+    ]
+    if config.ema_decay is not None:
+        parts.append(params_ema(config.ema_decay))
+    return optax.chain(*parts)

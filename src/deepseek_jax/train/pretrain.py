@@ -1,0 +1,299 @@
+"""Pretraining: random weights to a language model, in one call (V3 section 4)."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from deepseek_jax import sharding
+from deepseek_jax.checkpoint import Checkpointer, claim_run_directory, load_params
+from deepseek_jax.config import ModelConfig, Precision, RematPolicy, preset
+from deepseek_jax.data.baselines import Baselines, measure_baselines
+from deepseek_jax.data.pipeline import (
+    DataConfig,
+    eval_batches,
+    fit_tokenizer,
+    train_batches,
+)
+from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.generate import generate
+from deepseek_jax.model.transformer import DeepSeekV3, param_counts
+from deepseek_jax.plan import training_flops_per_token
+from deepseek_jax.report import (
+    MetricsWriter,
+    Progress,
+    peak_flops,
+    plot_expert_load,
+    plot_loss,
+    read_metrics,
+    summary_table,
+)
+from deepseek_jax.train.loop import Evaluation, LoopConfig, Outcome, Task, fit, local_rows, to_json
+from deepseek_jax.train.losses import cross_entropy, pretrain_loss
+from deepseek_jax.train.optim import (
+    OptimConfig,
+    bias_speed,
+    learning_rate,
+    make_optimizer,
+    mtp_weight,
+)
+from deepseek_jax.train.step import abstract_state, init_state, make_train_step, place_batch
+from deepseek_jax.types import Batch, TrainState, UserError
+
+# What --resume may change: nothing here alters the steps already made.
+_MAY_CHANGE = (
+    "mesh",
+    "remat",
+    "resume",
+    "out",
+    "init",
+    "prompt",
+    "sample_tokens",
+    "loop.steps",
+    "loop.eval_every",
+    "loop.eval_batches",
+    "loop.save_every",
+    "loop.keep_last",
+    "loop.keep_every",
+    "loop.max_skips",
+    "data.num_workers",
+)
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """A pretraining run."""
+
+    out: Path = Path("out/pretrain")
+    """Directory of the run: checkpoints, metrics, pictures, tokenizer."""
+    resume: bool = False
+    """Continue the run in ``out`` from its last checkpoint."""
+    init: Path | None = None
+    """Start from the weights of another run's directory."""
+    mesh: str = "data=-1"
+    """Devices, as in ``data=2,expert=4``; -1 fills one axis."""
+    remat: RematPolicy = "none"
+    """What the backward pass computes again: nothing, all, or the V3 report's selection."""
+    prompt: str = "def "
+    """What the sample at the end continues."""
+    sample_tokens: int = 160
+    model: ModelConfig = field(default_factory=lambda: preset("tiny"))
+    precision: Precision = field(default_factory=Precision)
+    data: DataConfig = field(default_factory=DataConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+
+class Result(NamedTuple):
+    """What a finished run has to show."""
+
+    outcome: Outcome
+    evaluation: Evaluation
+    """On the whole held-out split."""
+    baselines: Baselines
+    sample: str
+
+
+def pretrain(config: PretrainConfig) -> Result | None:
+    """Run, or continue, a pretraining; None if it was interrupted (and saved).
+
+    Leaves in ``config.out``: ``checkpoints/``, ``metrics.jsonl``, ``tensorboard/``,
+    ``tokenizer.json``, ``run.json``, ``loss.png``, ``expert_load.png``, ``sample.txt``.
+
+    Raises:
+        UserError: for bad input, see ``types.UserError``.
+    """
+    mesh = sharding.make_mesh(config.mesh)
+    rows = local_rows(config.loop.rows, mesh)
+    lr = learning_rate(config.optim, config.loop.steps)
+    claim_run_directory(config.out, run_json(config), resume=config.resume, may_change=_MAY_CHANGE)
+    tokenizer = run_tokenizer(config)
+    model = DeepSeekV3(config.model, config.precision, config.remat)
+    tx = make_optimizer(config.optim, config.loop.steps)
+    lam = mtp_weight(config.optim, config.loop.steps)
+
+    def loss_fn(params, router_bias_LE, batch, totals, step):
+        return pretrain_loss(model, params, router_bias_LE, batch, totals, lam(step))
+
+    shares = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    peak = peak_flops(jax.devices()[0])
+    task = Task(
+        step=make_train_step(tx, loss_fn, bias_speed(config.optim, config.loop.steps)),
+        batches=train_batches(config.data, tokenizer, rows, **shares),
+        evaluate=make_evaluate(config.data, tokenizer, model, mesh, rows),
+        learning_rate=lr,
+        flops_per_token=training_flops_per_token(config.model, config.data.seq_len),
+        peak_flops=peak and peak * mesh.size,
+    )
+    loop = config.loop
+    with (
+        jax.set_mesh(mesh),
+        Checkpointer(config.out, keep_last=loop.keep_last, keep_every=loop.keep_every) as saver,
+    ):
+        abstract = abstract_state(model, tx, mesh)
+        restored = saver.restore_latest(abstract) if config.resume else None
+        state = restored.state if restored else _fresh_state(config, model, tx, abstract)
+        _announce(config, mesh, restored.step if restored else 0)
+        resumed = restored.step if restored else None
+        with MetricsWriter(config.out, resumed_step=resumed) as writer:
+            outcome = fit(task, loop, state, mesh, saver, writer, restored)
+            if not outcome.finished:
+                return None
+            evaluation = task.evaluate(outcome.state, None)
+            writer.write(outcome.step, evaluation.scalars())
+        return _finish(config, model, tokenizer, outcome, evaluation)
+
+
+def run_json(config: PretrainConfig) -> dict[str, Any]:
+    """The run's identity; ``model`` is a Hugging Face ``config.json``, so one reader serves."""
+    return to_json(config) | {"stage": "pretrain", "model": config.model.to_hf()}
+
+
+def run_tokenizer(config: PretrainConfig) -> Tokenizer:
+    """The run's tokenizer: the stored one on resume, else the given one, else a trained one.
+
+    Raises:
+        UserError: if it has more tokens than the model's vocabulary.
+    """
+    stored = config.out / "tokenizer.json"
+    if config.resume and stored.exists():
+        return Tokenizer.load(stored)
+    given = config.data.tokenizer or (config.init and config.init / "tokenizer.json")
+    if given:
+        tokenizer = Tokenizer.load(given)
+    else:
+        tokenizer = fit_tokenizer(config.data, config.model.vocab_size)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens and the model a vocabulary of "
+            f"{config.model.vocab_size}; raise vocab_size or use the model's own tokenizer."
+        )
+    if jax.process_index() == 0:
+        tokenizer.save(stored)
+    return tokenizer
+
+
+def _fresh_state(
+    config: PretrainConfig, model: DeepSeekV3, tx: Any, abstract: TrainState
+) -> TrainState:
+    """Random weights, or another run's, made where they belong."""
+    where = jax.tree.map(lambda x: x.sharding, abstract)
+    if config.init is None:
+        init = functools.partial(init_state, model, tx)
+        return jax.jit(init, out_shardings=where)(jax.random.key(config.loop.init_seed))
+    params, bias_LE, _ = load_params(config.init, abstract.params)
+    bias_LE = jax.device_put(bias_LE, where.router_bias_LE)
+    opt_state = jax.jit(tx.init, out_shardings=where.opt_state)(params)
+    return TrainState(jax.device_put(jnp.int32(0), where.step), params, opt_state, bias_LE)
+
+
+def make_evaluate(
+    data: DataConfig, tokenizer: Tokenizer, model: DeepSeekV3, mesh: Mesh, rows: int
+) -> Callable[[TrainState, int | None], Evaluation]:
+    """Held-out loss of the main head, no MTP, current router bias."""
+
+    @jax.jit
+    def sums(state: TrainState, batch_1BT: Batch) -> tuple[jax.Array, jax.Array]:
+        batch = Batch(*(x[0] for x in batch_1BT))
+        hidden = model.apply(
+            {"params": state.params},
+            batch.tokens_BT,
+            state.router_bias_LE,
+            None,
+            batch.segment_ids_BT,
+            batch.positions_BT,
+            method="hidden",
+        )
+        weights = batch.loss_weights_BT.reshape(-1)
+        flat = hidden.main_BTD.reshape(-1, hidden.main_BTD.shape[-1])
+        nats = cross_entropy(flat, state.params["head"], batch.targets_BT.reshape(-1), weights)
+        return nats, weights.sum()
+
+    def evaluate(state: TrainState, limit: int | None) -> Evaluation:
+        totals = np.zeros(3)  # nats, tokens, bytes
+        shares = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+        for index, part in enumerate(eval_batches(data, tokenizer, rows, **shares)):
+            if limit is not None and index >= limit:
+                break
+            nats, tokens = sums(state, place_batch([part.batch], mesh))
+            num_bytes = part.num_bytes
+            if jax.process_count() > 1:
+                num_bytes = multihost_utils.process_allgather(np.int64(num_bytes)).sum()
+            totals += float(nats), float(tokens), float(num_bytes)
+        nats, tokens, num_bytes = totals
+        return Evaluation(nats / tokens, nats / math.log(2) / num_bytes)
+
+    return evaluate
+
+
+def _announce(config: PretrainConfig, mesh: Mesh, step: int) -> None:
+    counts = param_counts(config.model)
+    used = {axis: size for axis, size in mesh.shape.items() if size > 1} or {"data": 1}
+    with Progress(config.loop.steps) as console:
+        console.print(
+            f"{counts.total:,} parameters ({counts.active:,} active, {counts.mtp:,} in MTP), "
+            f"mesh {','.join(f'{k}={v}' for k, v in used.items())} of "
+            f"{jax.devices()[0].device_kind}, "
+            + (f"resuming at step {step}" if step else f"output in {config.out}")
+        )
+
+
+def _finish(
+    config: PretrainConfig,
+    model: DeepSeekV3,
+    tokenizer: Tokenizer,
+    outcome: Outcome,
+    evaluation: Evaluation,
+) -> Result:
+    """Pictures, baselines, a sample; printed by the first process."""
+    baselines = measure_baselines(config.data, tokenizer)
+    text = _sample(config, model, tokenizer, outcome.state)
+    if jax.process_index() == 0:
+        plot_loss(
+            read_metrics(config.out / "metrics.jsonl"),
+            config.out / "loss.png",
+            references={"token bigram": baselines.bigram, "gzip -9": baselines.gzip},
+        )
+        plot_expert_load(
+            outcome.first_load_LE, outcome.last_load_LE, config.out / "expert_load.png"
+        )
+        (config.out / "sample.txt").write_text(text, encoding="utf-8")
+    with Progress(config.loop.steps) as console:
+        rows = [
+            {"held-out split": config.out.name, "bits per byte": evaluation.bits_per_byte},
+            {"held-out split": "token bigram (Kneser-Ney)", "bits per byte": baselines.bigram},
+            {"held-out split": "gzip -9", "bits per byte": baselines.gzip},
+        ]
+        console.console.print(summary_table(rows))
+        console.print(f"loss {evaluation.loss:.4f} nats per token\n\nsample:\n{text}\n")
+        console.print(f"pictures: {config.out / 'loss.png'}, {config.out / 'expert_load.png'}")
+    return Result(outcome, evaluation, baselines, text)
+
+
+def _sample(
+    config: PretrainConfig, model: DeepSeekV3, tokenizer: Tokenizer, state: TrainState
+) -> str:
+    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    prompt = jnp.asarray([bos + tokenizer.encode(config.prompt)], jnp.int32)
+    key = jax.random.key(config.loop.init_seed)
+    ids = generate(
+        dataclasses.replace(model, remat="none"),
+        state.params,
+        state.router_bias_LE,
+        prompt,
+        key,
+        max_new_tokens=config.sample_tokens,
+    )
+    kept = np.asarray(ids[0]).tolist()
+    if tokenizer.eos_id in kept:
+        kept = kept[: kept.index(tokenizer.eos_id)]
+    return config.prompt + tokenizer.decode(kept)
