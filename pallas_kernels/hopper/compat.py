@@ -1,0 +1,43 @@
+"""What differs between the jax versions that the Hopper kernels support (0.10.2 to 0.12).
+
+Pallas' GPU interface is experimental and moves; every version switch of this package is here.
+"""
+
+import jax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+try:  # public since 0.11
+    InterpretParams = plgpu.InterpretGPUParams
+except AttributeError:
+    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams as InterpretParams
+
+# The number of multiprocessors of an H100 SXM: what to assume where no device can be asked.
+_H100_MULTIPROCESSORS = 132
+
+
+def is_hopper() -> bool:
+    """Whether the default device is a Hopper GPU, on which `wgmma` exists."""
+    device = jax.local_devices()[0]
+    return device.platform == "gpu" and getattr(device, "compute_capability", "") == "9.0"
+
+
+def multiprocessors() -> int:
+    """Multiprocessors of the default device."""
+    return jax.local_devices()[0].core_count if is_hopper() else _H100_MULTIPROCESSORS
+
+
+def compiler_params() -> plgpu.CompilerParams:
+    """Arrays are owned by a warpgroup: the default from 0.11 on, to be asked for before."""
+    return plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup)
+
+
+def kernel(body, *, interpret: bool, **kwargs):
+    """`plgpu.kernel`, or its simulation on the CPU with every barrier and buffer kept track of."""
+    # What TMA reads outside an array is zero; the simulation calls that uninitialized.
+    outside = dict(out_of_bounds_reads="uninitialized", uninitialized_memory="zero")
+    return plgpu.kernel(
+        body,
+        compiler_params=compiler_params(),
+        interpret=InterpretParams(**outside) if interpret else None,
+        **kwargs,
+    )

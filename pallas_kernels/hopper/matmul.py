@@ -1,0 +1,371 @@
+"""Block-scaled FP8 matmul on Hopper: TMA, `wgmma` and promotion in registers.
+
+One block of threads computes a tile of ``128 * waves`` rows and 128 columns. A producer warpgroup
+fills a ring of shared-memory stages, each 128 of K, with the tensor memory accelerator. Two
+consumer warpgroups take 64 rows each, ``waves`` times over: `wgmma` sums 128 of K into a fresh
+accumulator, which is then scaled and added to the FP32 total in registers (V3 section 3.5.2).
+While one warpgroup promotes, the tensor cores work for the other.
+
+Why the pieces are as they are (the budget is in docs/performance.md):
+
+* Two waves: a tile of 256 x 128 needs 3/4 of the shared-memory fills that 128 x 128 needs per
+  product. The totals then take 128 registers and the accumulator 64, of the 232 a thread may have.
+* A barrier of its own for each wave's rows: it is a branch, and so keeps the compiler from starting
+  the second wave's `wgmma` before the first accumulator is free, which spills registers.
+* A cluster of two blocks that share the rows of ``a`` (or of ``b``) loads those once for both.
+* The grid is persistent: while consumers store a tile, the producer already loads the next one.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float
+
+from pallas_kernels.hopper import compat
+from pallas_kernels.reference import TILE, Quantized, has_block_scales
+
+_WARPGROUPS = 2  # consumers; the producer is one more
+_ROWS = 64  # rows of one wgmma instruction
+_STORE_BYTES = 128  # width of a chunk of the result on its way out: one swizzle
+_SHARED_BYTES = 227 * 1024 - 2048  # of a block, less what barriers and alignment take
+_REGISTERS_PRODUCER, _REGISTERS_CONSUMER = 40, 232
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """What may be tuned; `choose_tiling` has the defaults.
+
+    Attributes:
+        waves: Rows of a tile, in units of 128: 1 or 2.
+        shared: Which operand two neighbouring blocks load once for both: "a", "b" or "none".
+        stages: Depth of the ring; 0 means as deep as shared memory allows.
+        group: Tiles of N that are walked together for every step in M, to stay in L2.
+        store_slots: Buffers between registers and the asynchronous store.
+    """
+
+    waves: int = 2
+    shared: str = "a"
+    stages: int = 0
+    group: int = 8
+    store_slots: int = 1
+
+    def __post_init__(self):
+        if self.waves not in (1, 2) or self.shared not in ("a", "b", "none"):
+            raise ValueError(f"waves must be 1 or 2 and shared 'a', 'b' or 'none', not {self}")
+
+
+def choose_tiling(m: int, n: int, *, b_in_tiles: bool, multiprocessors: int) -> Tiling:
+    """A tiling for a shape, from the budget on paper: not yet measured on a device."""
+    # One scale per column as well takes 32 registers more, so a second wave has no room.
+    waves = 1 if b_in_tiles else 2
+    if waves == 2:
+        # A tall tile is cheaper per row, unless it leaves multiprocessors idle.
+        def cost(waves):
+            tiles = pl.cdiv(m, _WARPGROUPS * _ROWS * waves) * pl.cdiv(n, TILE)
+            return pl.cdiv(tiles, multiprocessors) * waves * (1.0 if waves == 2 else 1.1)
+
+        waves = min((1, 2), key=cost)
+    if pl.cdiv(n, TILE) % 2 == 0:
+        shared = "a"
+    elif pl.cdiv(m, _WARPGROUPS * _ROWS * waves) % 2 == 0:
+        shared = "b"
+    else:
+        shared = "none"
+    return Tiling(waves=waves, shared=shared)
+
+
+def fp8_matmul(
+    a: Quantized,
+    b: Quantized,
+    *,
+    out_dtype=jnp.bfloat16,
+    tiling: Tiling | None = None,
+    interpret: bool = False,
+) -> Float[Array, "M N"]:
+    """See `pallas_kernels.matmul.fp8_matmul`.
+
+    Args:
+        a: Left operand with 1x128 tile scales.
+        b: Right operand, transposed, with block or tile scales.
+        out_dtype: bfloat16 or float32.
+        tiling: Instead of the default of `choose_tiling`.
+        interpret: Simulate on the CPU. Needs jax 0.11; 0.12 unless ``tiling.shared`` is "none".
+    """
+    (m, k), n = a.values.shape, b.values.shape[0]
+    if b.values.shape[1] != k:
+        raise ValueError(f"contracted sizes differ: {k} and {b.values.shape[1]}")
+    b_in_tiles = not has_block_scales(b)
+    if a.scale.shape != (pl.cdiv(k, TILE), m):
+        raise ValueError("the left operand needs 1x128 tile scales")
+    multiprocessors = compat.multiprocessors()
+    tiling = tiling or choose_tiling(m, n, b_in_tiles=b_in_tiles, multiprocessors=multiprocessors)
+    if 0 in (m, n, k):
+        return jnp.zeros((m, n), out_dtype)
+
+    # Mosaic tiles operands in global memory by (8, 128) and the result by (8, 128 bytes); a tile of
+    # the kernel may run past an edge, but the edge itself must lie on that grid. The shapes of
+    # the model all do; anything else is copied into place first.
+    m_pad, k_pad = _round_up(m, 8), _round_up(k, TILE)
+    n_pad = _round_up(n, _STORE_BYTES // jnp.dtype(out_dtype).itemsize)
+    a_values, b_values = _pad(a.values, (m_pad, k_pad)), _pad(b.values, (n_pad, k_pad))
+    a_scale = _pad(a.scale, (pl.cdiv(k, TILE), m_pad))
+    b_scale = _pad(b.scale, (pl.cdiv(k, TILE), n_pad)) if b_in_tiles else b.scale
+
+    kernel = _Kernel(m_pad, n_pad, k_pad, b_in_tiles, jnp.dtype(out_dtype), tiling)
+    out = kernel.call(multiprocessors, interpret)(a_values, b_values, a_scale, b_scale)
+    return out[:m, :n]
+
+
+def _round_up(size: int, multiple: int) -> int:
+    return pl.cdiv(size, multiple) * multiple
+
+
+def _pad(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """``x`` with zeros after it; zeros contribute nothing, whatever their scale."""
+    if x.shape == shape:
+        return x
+    return jnp.pad(x, [(0, to - size) for size, to in zip(x.shape, shape, strict=True)])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kernel:
+    """One compiled shape: the numbers that the producer and the consumers must agree on."""
+
+    m: int
+    n: int
+    k: int
+    b_in_tiles: bool
+    out_dtype: jnp.dtype
+    tiling: Tiling
+
+    @property
+    def wave_rows(self) -> int:
+        return _WARPGROUPS * _ROWS
+
+    @property
+    def tile_rows(self) -> int:
+        return self.wave_rows * self.tiling.waves
+
+    @property
+    def k_steps(self) -> int:
+        return pl.cdiv(self.k, TILE)
+
+    @property
+    def cluster(self) -> int:
+        return 1 if self.tiling.shared == "none" else 2
+
+    @property
+    def cluster_grid(self) -> tuple[int, int]:
+        """Tiles along M and N, counted in clusters."""
+        m_tiles, n_tiles = pl.cdiv(self.m, self.tile_rows), pl.cdiv(self.n, TILE)
+        if self.tiling.shared == "a":
+            n_tiles = pl.cdiv(n_tiles, 2)
+        elif self.tiling.shared == "b":
+            m_tiles = pl.cdiv(m_tiles, 2)
+        return m_tiles, n_tiles
+
+    @property
+    def store_columns(self) -> int:
+        return _STORE_BYTES // self.out_dtype.itemsize
+
+    @property
+    def stages(self) -> int:
+        if self.tiling.stages:
+            return self.tiling.stages
+        scales = 4 * (self.tile_rows + (TILE if self.b_in_tiles else 0))
+        stage = (self.tile_rows + TILE) * TILE + scales
+        store = _WARPGROUPS * self.tiling.store_slots * _ROWS * _STORE_BYTES
+        return (_SHARED_BYTES - store) // stage
+
+    def tile(self, index):
+        """(row of tiles, column of tiles) of the ``index``-th tile that this cluster takes."""
+        m_tile, n_tile = plgpu.planar_snake(index, self.cluster_grid, 1, self.tiling.group)
+        if self.tiling.shared == "a":
+            n_tile = 2 * n_tile + lax.axis_index("cluster")
+        elif self.tiling.shared == "b":
+            m_tile = 2 * m_tile + lax.axis_index("cluster")
+        return m_tile, n_tile
+
+    def next_slot(self, slot):
+        return lax.select(slot == self.stages - 1, jnp.int32(0), slot + 1)
+
+    def call(self, multiprocessors: int, interpret: bool):
+        ring = self.stages
+        operand = (plgpu.TilingTransform((8, TILE)), plgpu.SwizzleTransform(TILE))
+        result = (plgpu.TilingTransform((8, self.store_columns)), plgpu.SwizzleTransform(128))
+        fp8 = jnp.float8_e4m3fn
+        scratch = dict(
+            a_smem=plgpu.SMEM(
+                (ring, self.tiling.waves, self.wave_rows, TILE), fp8, transforms=operand
+            ),
+            b_smem=plgpu.SMEM((ring, TILE, TILE), fp8, transforms=operand),
+            a_scale_smem=plgpu.SMEM((ring, self.tile_rows), jnp.float32),
+            b_scale_smem=plgpu.SMEM((ring, TILE), jnp.float32) if self.b_in_tiles else None,
+            out_smem=plgpu.SMEM(
+                (_WARPGROUPS, self.tiling.store_slots, _ROWS, self.store_columns),
+                self.out_dtype,
+                transforms=result,
+            ),
+            # Arrivals: the first wave's rows of a, its scales, b (and its scales).
+            full=plgpu.Barrier(num_arrivals=3 + self.b_in_tiles, num_barriers=ring),
+            full_second=plgpu.Barrier(num_barriers=ring) if self.tiling.waves == 2 else None,
+            empty=(
+                plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=ring)
+                if self.cluster == 1
+                else plgpu.ClusterBarrier(
+                    collective_axes=("cluster",), num_arrivals=_WARPGROUPS, num_barriers=ring
+                )
+            ),
+        )
+        names = [name for name, spec in scratch.items() if spec is not None]
+        in_cluster = dict(cluster=(2,), cluster_names=("cluster",)) if self.cluster == 2 else {}
+
+        def body(a, b, a_scale, b_scale, out, *refs):
+            refs = dict.fromkeys(scratch) | dict(zip(names, refs, strict=True))
+            warpgroup = lax.axis_index("warpgroup")
+            pl.when(warpgroup == _WARPGROUPS)(
+                functools.partial(self.produce, a, b, a_scale, b_scale, refs)
+            )
+            pl.when(warpgroup < _WARPGROUPS)(
+                functools.partial(self.consume, warpgroup, b_scale, out, refs)
+            )
+
+        return compat.kernel(
+            body,
+            interpret=interpret,
+            out_type=jax.ShapeDtypeStruct((self.m, self.n), self.out_dtype),
+            grid=(1 if interpret else multiprocessors // self.cluster,),
+            grid_names=("sm",),
+            num_threads=_WARPGROUPS + 1,
+            thread_name="warpgroup",
+            scratch_types=[scratch[name] for name in names],
+            **in_cluster,
+        )
+
+    def produce(self, a, b, a_scale, b_scale, refs):
+        """Keep the ring full; what the consumers still have to read must not be overwritten."""
+        plgpu.set_max_registers(_REGISTERS_PRODUCER, action="decrease")
+        grid = self.cluster_grid
+        multicast = dict(collective_axes="cluster")
+        a_copy = multicast if self.tiling.shared == "a" else {}
+        b_copy = multicast if self.tiling.shared == "b" else {}
+
+        @plgpu.nd_loop(
+            (grid[0] * grid[1],), collective_axes="sm", init_carry=(jnp.int32(0), jnp.int32(0))
+        )
+        def per_tile(info, carry):
+            m_tile, n_tile = self.tile(info.index[0])
+            first_row, columns = m_tile * self.tile_rows, pl.ds(n_tile * TILE, TILE)
+
+            def step(k, carry):
+                slot, filled = carry
+
+                @pl.when(filled == self.stages)
+                def _():
+                    plgpu.barrier_wait(refs["empty"].at[slot])
+
+                ks = pl.ds(k * TILE, TILE)
+                full = refs["full"].at[slot]
+
+                def rows(wave):
+                    return a.at[pl.ds(first_row + wave * self.wave_rows, self.wave_rows), ks]
+
+                load = plgpu.copy_gmem_to_smem
+                load(rows(0), refs["a_smem"].at[slot, 0], full, **a_copy)
+                load(b.at[columns, ks], refs["b_smem"].at[slot], full, **b_copy)
+                scale_rows = pl.ds(first_row, self.tile_rows)
+                load(a_scale.at[k, scale_rows], refs["a_scale_smem"].at[slot], full)
+                if self.b_in_tiles:
+                    load(b_scale.at[k, columns], refs["b_scale_smem"].at[slot], full)
+                if self.tiling.waves == 2:
+                    second = refs["full_second"].at[slot]
+                    load(rows(1), refs["a_smem"].at[slot, 1], second, **a_copy)
+                return self.next_slot(slot), lax.min(filled + 1, jnp.int32(self.stages))
+
+            return lax.fori_loop(0, self.k_steps, step, carry)
+
+        slot, filled = per_tile
+
+        # A block must outlive what its neighbour still signals to it.
+        def drain(_, slot):
+            plgpu.barrier_wait(refs["empty"].at[slot])
+            return self.next_slot(slot)
+
+        oldest = lax.select(filled == self.stages, slot, jnp.int32(0))
+        lax.fori_loop(0, filled, drain, oldest)
+
+    def consume(self, warpgroup, b_scale, out, refs):
+        """Multiply, promote, and store one tile after the other."""
+        plgpu.set_max_registers(_REGISTERS_CONSUMER, action="increase")
+        grid = self.cluster_grid
+        rows = pl.ds(warpgroup * _ROWS, _ROWS)
+        tile_shape = (_ROWS, TILE)
+        last_block = b_scale.shape[0] - 1
+
+        @plgpu.nd_loop((grid[0] * grid[1],), collective_axes="sm", init_carry=jnp.int32(0))
+        def per_tile(info, carry):
+            slot, (m_tile, n_tile) = carry, self.tile(info.index[0])
+
+            def block_scale(k):
+                # An odd number of tiles leaves a cluster's second block without one.
+                k = lax.min(k, jnp.int32(self.k_steps - 1))
+                return b_scale[lax.min(n_tile, jnp.int32(last_block)), k]
+
+            def step(k, carry):
+                slot, scale_b, totals = carry
+                # Asked for a step ahead: it comes from global memory.
+                next_scale_b = None if self.b_in_tiles else block_scale(k + 1)
+                new_totals = []
+                for wave, total in enumerate(totals):
+                    ready = refs["full" if wave == 0 else "full_second"]
+                    plgpu.barrier_wait(ready.at[slot])
+                    wave_rows = pl.ds(wave * self.wave_rows + warpgroup * _ROWS, _ROWS)
+                    scale = refs["a_scale_smem"][slot, wave_rows]
+                    if self.b_in_tiles:
+                        scale_columns = refs["b_scale_smem"][slot]
+                        scale = lax.broadcast_in_dim(scale, tile_shape, (0,))
+                        scale = scale * lax.broadcast_in_dim(scale_columns, tile_shape, (1,))
+                    else:
+                        scale = lax.broadcast_in_dim(scale * scale_b, tile_shape, (0,))
+
+                    def multiply(accumulator, wave=wave):
+                        a_ref = refs["a_smem"].at[slot, wave, rows]
+                        plgpu.wgmma(accumulator, a_ref, refs["b_smem"].at[slot].T)
+                        return accumulator[...]
+
+                    partial = pl.run_scoped(multiply, plgpu.ACC(tile_shape, jnp.float32))
+                    if wave == len(totals) - 1:
+                        # The scales were read by ordinary loads, whose values are in registers by
+                        # now: no proxy fence is needed before TMA may write over them.
+                        plgpu.barrier_arrive(refs["empty"].at[slot])
+                    new_totals.append(total + partial * scale)
+                return self.next_slot(slot), next_scale_b, tuple(new_totals)
+
+            zeros = tuple(jnp.zeros(tile_shape, jnp.float32) for _ in range(self.tiling.waves))
+            first_scale_b = None if self.b_in_tiles else block_scale(jnp.int32(0))
+            carry = lax.fori_loop(0, self.k_steps, step, (slot, first_scale_b, zeros))
+            self.store(warpgroup, m_tile, n_tile, carry[2], out, refs["out_smem"])
+            return carry[0]
+
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    def store(self, warpgroup, m_tile, n_tile, totals, out, out_smem):
+        """Convert the totals and hand them to asynchronous stores, a chunk of columns each."""
+        slots, width = self.tiling.store_slots, self.store_columns
+        chunks = [(wave, c) for wave in range(len(totals)) for c in range(TILE // width)]
+        for index, (wave, chunk) in enumerate(chunks):
+            slot = index % slots
+            plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
+            values = totals[wave].astype(self.out_dtype)
+            out_smem[warpgroup, slot] = values[:, chunk * width : (chunk + 1) * width]
+            plgpu.commit_smem()
+            row = m_tile * self.tile_rows + wave * self.wave_rows + warpgroup * _ROWS
+            column = n_tile * TILE + chunk * width
+            plgpu.copy_smem_to_gmem(
+                out_smem.at[warpgroup, slot], out.at[pl.ds(row, _ROWS), pl.ds(column, width)]
+            )

@@ -1,0 +1,63 @@
+"""The block-scaled FP8 matmul of DeepSeek-V3 (section 3.3), and the choice of its backend."""
+
+import functools
+import logging
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels import reference
+from pallas_kernels.reference import Quantized
+
+Impl = Literal["auto", "hopper", "tpu", "reference"]
+
+_log = logging.getLogger(__name__)
+
+
+def fp8_matmul(
+    a: Quantized, b: Quantized, *, out_dtype=jnp.bfloat16, impl: Impl = "auto"
+) -> Float[Array, "M N"]:
+    """``a @ b.T`` for quantized matrices, promoted to FP32 every 128 of K (V3 figure 7b).
+
+    Both operands have the contracted axis last. ``b`` with 128x128 block scales gives the forward
+    pass and the input gradient; ``b`` with 1x128 tile scales gives the weight gradient.
+
+    Args:
+        a: [M, K] values with tile scales, from `quantize_tiles`.
+        b: [N, K] values with block or tile scales.
+        out_dtype: bfloat16 or float32; sums are FP32 either way.
+        impl: ``hopper``, ``tpu`` and ``reference`` are taken at their word and raise where they
+            cannot run; ``auto`` picks by the default device and logs what it picked, once.
+
+    Returns:
+        The [M, N] product.
+    """
+    if impl == "auto":
+        impl = _pick()
+    if impl == "reference":
+        return reference.fp8_matmul(a, b, out_dtype=out_dtype)
+    if impl == "hopper":
+        from pallas_kernels.hopper import matmul as hopper_matmul
+
+        return hopper_matmul.fp8_matmul(a, b, out_dtype=out_dtype)
+    if impl == "tpu":
+        from pallas_kernels.tpu import matmul as tpu_matmul
+
+        return tpu_matmul.fp8_matmul(a, b, out_dtype=out_dtype)
+    raise ValueError(f"unknown implementation {impl!r}")
+
+
+@functools.cache
+def _pick() -> Impl:
+    impl: Impl = "reference"
+    if jax.default_backend() == "tpu":
+        impl = "tpu"
+    elif jax.default_backend() == "gpu":
+        from pallas_kernels.hopper import compat
+
+        if compat.is_hopper():
+            impl = "hopper"
+    _log.info("fp8_matmul runs as %r on %s", impl, jax.devices()[0].device_kind)
+    return impl

@@ -1,0 +1,200 @@
+"""What "correct" means: every operation of the package in plain ``jax.numpy``.
+
+The fast kernels are tested against these functions and nothing else. They run on any backend,
+under ``jit``, and are differentiable where that makes sense; they are not fast.
+
+Axis letters: M rows, N columns of the product, K the contracted axis, G groups; a small letter
+counts the 128-wide tiles of an axis (``scale_kM`` has one row per 128 of K).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+TILE = 128
+"""Elements that share one scale along a contracted axis (V3 section 3.3.2)."""
+
+E4M3 = jnp.float8_e4m3fn
+E4M3_MAX = 448.0
+_SMALLEST_NORMAL = 2.0**-126
+
+
+class Quantized(NamedTuple):
+    """An E4M3 matrix and its FP32 scales; ``values * scale`` is the matrix it stands for.
+
+    ``values`` always has the axis to be contracted last, because FP8 tensor cores cannot
+    transpose. ``scale`` is one of
+
+    * tiles, ``(ceil(K / 128), R)``: one scale per row and 128 of K. The K tiles come first so that
+      the scales that a block of rows needs at one step of K lie next to each other in memory;
+    * blocks, ``(ceil(R / 128), ceil(K / 128))``: one scale per 128x128 block;
+
+    with an extra leading axis on both where a matrix per group is meant.
+    """
+
+    values: Float[Array, "*G R K"]
+    scale: Float[Array, "..."]
+
+
+def scales_of(amax: Float[Array, "..."], *, power_of_two: bool = False) -> Float[Array, "..."]:
+    """FP32 scales that map ``amax`` to the largest E4M3 number.
+
+    Never below the smallest normal FP32 number, so a tile of zeros has a finite scale and no
+    division yields a denormal. A tile with an infinity or a NaN gets a scale that is not finite,
+    and so is NaN as a whole once it is dequantized: overflow must reach the loss, not hide.
+
+    Args:
+        amax: Largest magnitude of each tile.
+        power_of_two: Round the scale up to a power of two (representable as UE8M0).
+    """
+    scale = jnp.maximum(amax.astype(jnp.float32) / E4M3_MAX, _SMALLEST_NORMAL)
+    if not power_of_two:
+        return scale
+    # Adding all mantissa bits carries into the exponent unless the mantissa was already zero.
+    bits = jax.lax.bitcast_convert_type(scale, jnp.uint32)
+    bits = (bits + jnp.uint32(0x007FFFFF)) & jnp.uint32(0x7F800000)
+    return jnp.where(jnp.isfinite(scale), jax.lax.bitcast_convert_type(bits, jnp.float32), scale)
+
+
+def to_e4m3(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Round to E4M3 (nearest, ties to even), saturating finite values at +-448; NaN stays NaN."""
+    return jnp.clip(x, -E4M3_MAX, E4M3_MAX).astype(E4M3)
+
+
+def quantize_tiles(
+    x: Float[Array, "A B"], *, axis: int = -1, power_of_two: bool = False
+) -> Quantized:
+    """Quantize in 1x128 tiles along ``axis``, the axis to be contracted (V3 section 3.3.2).
+
+    With ``axis=0`` the result is the quantized transpose: what weight gradients contract is the
+    rows, and the tensor cores need that axis last. The last tile may be shorter than 128.
+    """
+    x_RK = x.T if axis % 2 == 0 else x
+    rows, k = x_RK.shape
+    tiles = -(-k // TILE)
+    padded = jnp.pad(x_RK.astype(jnp.float32), ((0, 0), (0, tiles * TILE - k)))
+    x_RkT = padded.reshape(rows, tiles, TILE)
+    scale_Rk = scales_of(jnp.max(jnp.abs(x_RkT), axis=2), power_of_two=power_of_two)
+    values = to_e4m3(x_RkT / scale_Rk[:, :, None]).reshape(rows, -1)[:, :k]
+    return Quantized(values, scale_Rk.T)
+
+
+def quantize_blocks(w_RK: Float[Array, "*G R K"], *, power_of_two: bool = False) -> Quantized:
+    """Quantize in 128x128 blocks (V3 section 3.3.2); blocks at the edges may be smaller."""
+    *lead, rows, k = w_RK.shape
+    r_blocks, k_blocks = -(-rows // TILE), -(-k // TILE)
+    pad = [(0, 0)] * len(lead) + [(0, r_blocks * TILE - rows), (0, k_blocks * TILE - k)]
+    blocks = jnp.pad(w_RK.astype(jnp.float32), pad)
+    blocks = blocks.reshape(*lead, r_blocks, TILE, k_blocks, TILE)
+    scale = scales_of(jnp.max(jnp.abs(blocks), axis=(-3, -1)), power_of_two=power_of_two)
+    values = to_e4m3(blocks / scale[..., :, None, :, None])
+    values = values.reshape(*lead, r_blocks * TILE, k_blocks * TILE)[..., :rows, :k]
+    return Quantized(values, scale)
+
+
+def has_block_scales(q: Quantized) -> bool:
+    """Whether the scales are 128x128 blocks; raises ValueError if they fit neither form."""
+    *lead, rows, k = q.values.shape
+    k_tiles = -(-k // TILE)
+    if q.scale.shape == (*lead, -(-rows // TILE), k_tiles):
+        return True
+    if q.scale.shape == (*lead, k_tiles, rows):
+        return False
+    raise ValueError(
+        f"scales of shape {q.scale.shape} are neither 1x128 tiles nor 128x128 blocks "
+        f"of a matrix of shape {q.values.shape}"
+    )
+
+
+def _tile_scales(q: Quantized) -> Float[Array, "k R"]:
+    """Scales as 1x128 tiles, whichever form they have."""
+    if not has_block_scales(q):
+        return q.scale
+    return jnp.repeat(q.scale.T, TILE, axis=1)[:, : q.values.shape[0]]
+
+
+def dequantize(q: Quantized) -> Float[Array, "R K"]:
+    """The FP32 matrix that a quantized one stands for."""
+    scale_RK = jnp.repeat(_tile_scales(q).T, TILE, axis=1)[:, : q.values.shape[1]]
+    return q.values.astype(jnp.float32) * scale_RK
+
+
+def fp8_matmul(a: Quantized, b: Quantized, *, out_dtype=jnp.bfloat16) -> Float[Array, "M N"]:
+    """``dequantize(a) @ dequantize(b).T`` as DeepSeek-V3 computes it (V3 figure 7b).
+
+    For every 128 of K the E4M3 products are summed by themselves, multiplied by both scales and
+    added to an FP32 accumulator. (Products of E4M3 numbers are exact in FP32, so the only roundings
+    are those of the sums.)
+    """
+    (m, k), (n, k_b) = a.values.shape, b.values.shape
+    if k != k_b:
+        raise ValueError(f"contracted sizes differ: {k} and {k_b}")
+    tiles = -(-k // TILE)
+
+    def by_tile(q):
+        padded = jnp.pad(q.values.astype(jnp.float32), ((0, 0), (0, tiles * TILE - k)))
+        return padded.reshape(-1, tiles, TILE).transpose(1, 0, 2)
+
+    def promote(total_MN, block):
+        a_MT, scale_M, b_NT, scale_N = block
+        partial_MN = jax.lax.dot_general(a_MT, b_NT, (((1,), (1,)), ((), ())), precision="highest")
+        return total_MN + partial_MN * (scale_M[:, None] * scale_N[None, :]), None
+
+    blocks = (by_tile(a), _tile_scales(a), by_tile(b), _tile_scales(b))
+    total_MN, _ = jax.lax.scan(promote, jnp.zeros((m, n), jnp.float32), blocks)
+    return total_MN.astype(out_dtype)
+
+
+def grouped_matmul(
+    x_MK: Float[Array, "M K"],
+    w_GKN: Float[Array, "G K N"],
+    group_sizes: Int[Array, "G"],
+    *,
+    out_dtype=jnp.bfloat16,
+) -> Float[Array, "M N"]:
+    """Rows of ``x`` in G consecutive groups, each times its group's matrix.
+
+    Group g has the next ``group_sizes[g]`` rows; rows past the last group come out as zeros.
+    """
+    x_MK, w_GKN = x_MK.astype(jnp.float32), w_GKN.astype(jnp.float32)
+    out_GMN = jnp.einsum("MK,GKN->GMN", x_MK, w_GKN, precision="highest")
+    return _own_group(out_GMN, group_sizes).astype(out_dtype)
+
+
+def fp8_grouped_matmul(
+    a: Quantized, b: Quantized, group_sizes: Int[Array, "G"], *, out_dtype=jnp.bfloat16
+) -> Float[Array, "M N"]:
+    """The grouped form of `fp8_matmul`: ``b`` holds a matrix and block scales per group."""
+    out_GMN = jax.vmap(
+        lambda values, scale: fp8_matmul(a, Quantized(values, scale), out_dtype=jnp.float32)
+    )(b.values, b.scale)
+    return _own_group(out_GMN, group_sizes).astype(out_dtype)
+
+
+def fp8_grouped_wgrad(
+    a: Quantized, b: Quantized, group_sizes: Int[Array, "G"], *, out_dtype=jnp.float32
+) -> Float[Array, "G M N"]:
+    """Weight gradients of the grouped matmul: the contracted axis is cut into the groups.
+
+    Both operands have 1x128 tiles. The result is computed from the dequantized operands, because a
+    group may end inside a tile; a kernel may sum in any order within a group.
+    """
+    a_MK, b_NK = dequantize(a), dequantize(b)
+    group_K = jnp.repeat(
+        jnp.arange(group_sizes.shape[0]), group_sizes, total_repeat_length=a_MK.shape[1]
+    )
+    in_some_K = jnp.arange(a_MK.shape[1]) < jnp.sum(group_sizes)
+    mask_GK = (group_K == jnp.arange(group_sizes.shape[0])[:, None]) & in_some_K
+    return jnp.einsum(
+        "GK,MK,NK->GMN", mask_GK.astype(jnp.float32), a_MK, b_NK, precision="highest"
+    ).astype(out_dtype)
+
+
+def _own_group(out_GMN: Float[Array, "G M N"], group_sizes: Int[Array, "G"]) -> Float[Array, "M N"]:
+    ends_G = jnp.cumsum(group_sizes)
+    row_M = jnp.arange(out_GMN.shape[1])
+    own_GM = (row_M < ends_G[:, None]) & (row_M >= (ends_G - group_sizes)[:, None])
+    # where, not a product: another group's overflow must not turn a zero into NaN.
+    return jnp.sum(jnp.where(own_GM[:, :, None], out_GMN, 0.0), axis=0)
