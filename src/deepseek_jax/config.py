@@ -312,7 +312,7 @@ def _yarn_from_hf(scaling: dict[str, Any]) -> Yarn | None:
         raise UserError(f"rope_scaling type {kind!r} is not supported; the family uses 'yarn'.")
     names = {f.name for f in dataclasses.fields(Yarn)}
     # The released code's defaults, which are not those of the released files.
-    values = {"mscale": 1.0, "mscale_all_dim": 0.0} | scaling
+    values: dict[str, Any] = {"mscale": 1.0, "mscale_all_dim": 0.0} | scaling
     return Yarn(**{k: v for k, v in values.items() if k in names and v is not None})
 
 

@@ -27,13 +27,18 @@ M      rows: flattened (token, chosen expert) pairs
 ====== =================================================================
 """
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-Array = jax.Array | np.ndarray
+# The containers hold NumPy arrays on the host and JAX arrays on devices. Which of the two is
+# known where they are used, but not to a static checker; at run time both are checked for.
+if TYPE_CHECKING:
+    Array = Any
+else:
+    Array = jax.Array | np.ndarray
 Params = dict[str, Any]
 
 

@@ -72,7 +72,8 @@ class ParamModule(nn.Module):
 
     def _declare(self, name: str, init: Any, shape: tuple[int, ...], axes: Any) -> jax.Array:
         dtype = self.precision.param_dtype
-        return self.param(name, lambda key: LogicalAxes(init(key, shape, dtype), axes))
+        boxed: Any = self.param(name, lambda key: LogicalAxes(init(key, shape, dtype), axes))
+        return boxed  # Flax has taken it out of its box
 
 
 class FeedForward(ParamModule):

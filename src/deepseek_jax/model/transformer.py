@@ -1,7 +1,7 @@
 """The whole model: embedding, dense layers, MoE layers, head, MTP modules (V3 section 2)."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +66,7 @@ class Block(ParamModule):
         if not self.use_moe:
             ffn = FeedForward(c, precision, width=c.intermediate_size, name="ffn")
             return x_BTD + ffn(normed), (cache, None)
+        assert bias_E is not None
         valid_BT = positions.segment_ids_BT > 0
         out, balance = MoE(c, precision, name="moe")(normed, bias_E, valid_BT)
         return x_BTD + out, (cache, balance)
@@ -208,7 +209,7 @@ class DeepSeekV3(ParamModule):
         """All layers; the cache and the balances come back stacked over layers."""
         c = self.config
         dense, caches = c.first_k_dense_replace, []
-        balance = Balance(jnp.zeros((0, c.n_routed_experts), jnp.int32), jnp.zeros((0,)))
+        balance: Any = Balance(jnp.zeros((0, c.n_routed_experts), jnp.int32), jnp.zeros((0,)))
         if dense:
             part = None if cache is None else LayerCache(*(x[:dense] for x in cache))
             x_BTD, (part, _) = self.dense_layers(x_BTD, (None, part), positions, first_B)
@@ -308,4 +309,5 @@ def forward(
     main_only = config.replace(num_nextn_predict_layers=0)
     model = DeepSeekV3(main_only, precision)
     params = {name: value for name, value in params.items() if not name.startswith("mtp")}
-    return model.apply({"params": params}, tokens_BT, router_bias_LE).logits_BTV
+    output = model.apply({"params": params}, tokens_BT, router_bias_LE)
+    return cast(Output, output).logits_BTV

@@ -1,14 +1,14 @@
 """Losses: cross-entropy that never holds all logits, and the pretraining objective."""
 
 import functools
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from deepseek_jax.model.mtp import shift_left
-from deepseek_jax.model.transformer import DeepSeekV3
+from deepseek_jax.model.transformer import DeepSeekV3, Hidden
 from deepseek_jax.types import Batch, Params
 
 # Logits that exist at one time, in float32 elements: 512 MiB. With V3's vocabulary of 129,280
@@ -53,15 +53,16 @@ def cross_entropy(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _chunked(hidden_ND, head_DV, targets_N, weights_N, rows: int):
     def body(total, chunk):
-        loss, _ = _chunk_loss(*chunk, head_DV)
+        loss, _ = _chunk_loss(chunk, head_DV)
         return total + loss, None
 
     chunks = _split(rows, hidden_ND, targets_N, weights_N)
     return jax.lax.scan(body, jnp.float32(0), chunks)[0]
 
 
-def _chunk_loss(hidden_CD, targets_C, weights_C, head_DV):
+def _chunk_loss(chunk: tuple[jax.Array, jax.Array, jax.Array], head_DV: jax.Array):
     """Weighted loss of a chunk, and d loss / d logits."""
+    hidden_CD, targets_C, weights_C = chunk
     logits = jnp.dot(hidden_CD, head_DV, preferred_element_type=jnp.float32)
     log_probs = jax.nn.log_softmax(logits, axis=-1)
     picked = jnp.take_along_axis(log_probs, targets_C[:, None], axis=-1)[:, 0]
@@ -76,7 +77,7 @@ def _split(rows, *arrays):
 def _chunked_fwd(hidden_ND, head_DV, targets_N, weights_N, rows):
     def body(carry, chunk):
         total, dhead = carry
-        loss, dlogits = _chunk_loss(*chunk, head_DV)
+        loss, dlogits = _chunk_loss(chunk, head_DV)
         dlogits = dlogits.astype(hidden_ND.dtype)
         dhidden = jnp.dot(dlogits, head_DV.T, preferred_element_type=jnp.float32)
         dhead += jnp.dot(chunk[0].T, dlogits, preferred_element_type=jnp.float32)
@@ -100,6 +101,38 @@ def _chunked_bwd(rows, residuals, g):
 
 
 _chunked.defvjp(_chunked_fwd, _chunked_bwd)
+
+
+def batch_nats(
+    hidden_BTD: Float[Array, "B T D"],
+    head_DV: Float[Array, "D V"],
+    targets_BT: Int[Array, "B T"],
+    weights_BT: Float[Array, "B T"],
+) -> Float[Array, ""]:
+    """``cross_entropy`` over the positions of a batch."""
+    flat_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
+    return cross_entropy(flat_ND, head_DV, targets_BT.reshape(-1), weights_BT.reshape(-1))
+
+
+def hidden_states(
+    model: DeepSeekV3,
+    params: Params,
+    router_bias_LE: Float[Array, "L E"],
+    batch: Batch,
+    *,
+    mtp: bool,
+) -> Hidden:
+    """The model on a batch, up to the head; with or without its MTP modules."""
+    hidden = model.apply(
+        {"params": params},
+        batch.tokens_BT,
+        router_bias_LE,
+        batch.targets_BT if mtp else None,
+        batch.segment_ids_BT,
+        batch.positions_BT,
+        method="hidden",
+    )
+    return cast(Hidden, hidden)
 
 
 def mtp_targets(batch: Batch, depth: int) -> tuple[Int[Array, "B T"], Float[Array, "B T"]]:
@@ -127,20 +160,11 @@ def pretrain_loss(
     The shares of a step's micro-batches add up to its loss, whatever the split.
     """
     depths = model.config.num_nextn_predict_layers
-    hidden = model.apply(
-        {"params": params},
-        batch.tokens_BT,
-        router_bias_LE,
-        batch.targets_BT if depths else None,
-        batch.segment_ids_BT,
-        batch.positions_BT,
-        method="hidden",
-    )
+    hidden = hidden_states(model, params, router_bias_LE, batch, mtp=depths > 0)
 
     def ce(h_BTD, targets_BT, weights_BT):
-        flat = h_BTD.reshape(-1, h_BTD.shape[-1])
-        total = cross_entropy(flat, params["head"], targets_BT.reshape(-1), weights_BT.reshape(-1))
-        return total / jnp.maximum(totals.weight, 1)
+        nats = batch_nats(h_BTD, params["head"], targets_BT, weights_BT)
+        return nats / jnp.maximum(totals.weight, 1)
 
     main = ce(hidden.main_BTD, batch.targets_BT, batch.loss_weights_BT)
     balance = hidden.balance_loss / totals.micro_batches

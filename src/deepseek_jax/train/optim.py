@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
 
 from deepseek_jax.types import Params, UserError
 
-Schedule = Callable[[Int[Array, ""] | int], Float[Array, ""] | float]
+Schedule = Callable[[Any], Any]  # of the number of updates applied, a number or traced
 
 
 @dataclass(frozen=True)
@@ -143,13 +142,16 @@ def params_ema(decay: float) -> optax.GradientTransformation:
     Starts at the initial parameters; V3 keeps such an average without stating its decay.
     """
 
-    def update(updates, state, params=None):
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, ParamsEma]:
         after = optax.apply_updates(params, updates)
         ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, after)
         return updates, ParamsEma(ema)
 
-    # A copy: the state is donated to the step beside the parameters.
-    return optax.GradientTransformation(lambda p: ParamsEma(jax.tree.map(jnp.copy, p)), update)
+    def init(params: Any) -> ParamsEma:
+        # A copy: the state is donated to the step beside the parameters.
+        return ParamsEma(jax.tree.map(jnp.copy, params))
+
+    return optax.GradientTransformation(init, update)
 
 
 def ema_params(opt_state: Any) -> Params:

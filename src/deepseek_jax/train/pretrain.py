@@ -38,7 +38,7 @@ from deepseek_jax.report import (
     summary_table,
 )
 from deepseek_jax.train.loop import Evaluation, LoopConfig, Outcome, Task, fit, local_rows, to_json
-from deepseek_jax.train.losses import cross_entropy, pretrain_loss
+from deepseek_jax.train.losses import batch_nats, hidden_states, pretrain_loss
 from deepseek_jax.train.optim import (
     OptimConfig,
     bias_speed,
@@ -204,19 +204,10 @@ def make_evaluate(
     @jax.jit
     def sums(state: TrainState, batch_1BT: Batch) -> tuple[jax.Array, jax.Array]:
         batch = Batch(*(x[0] for x in batch_1BT))
-        hidden = model.apply(
-            {"params": state.params},
-            batch.tokens_BT,
-            state.router_bias_LE,
-            None,
-            batch.segment_ids_BT,
-            batch.positions_BT,
-            method="hidden",
-        )
-        weights = batch.loss_weights_BT.reshape(-1)
-        flat = hidden.main_BTD.reshape(-1, hidden.main_BTD.shape[-1])
-        nats = cross_entropy(flat, state.params["head"], batch.targets_BT.reshape(-1), weights)
-        return nats, weights.sum()
+        hidden = hidden_states(model, state.params, state.router_bias_LE, batch, mtp=False)
+        weights_BT = batch.loss_weights_BT
+        nats = batch_nats(hidden.main_BTD, state.params["head"], batch.targets_BT, weights_BT)
+        return nats, weights_BT.sum()
 
     def evaluate(state: TrainState, limit: int | None) -> Evaluation:
         totals = np.zeros(3)  # nats, tokens, bytes

@@ -65,9 +65,8 @@ def make_train_step(
         # V3 section 2.1.2: the sign step follows the whole step's load. Under jit the counts
         # are global values, so every device computes the same bias.
         bias_LE = updated_bias(state.router_bias_LE, parts.load_LE, bias_speed(state.step))
-        new = TrainState(
-            state.step + 1, optax.apply_updates(state.params, updates), opt_state, bias_LE
-        )
+        params: Any = optax.apply_updates(state.params, updates)
+        new = TrainState(state.step + 1, params, opt_state, bias_LE)
         state = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, state)
         violation_L = load_violation(parts.load_LE)
         return state, {
@@ -105,7 +104,7 @@ def state_shardings(model: DeepSeekV3, tx: optax.GradientTransformation, mesh: M
     replicated = sharding.sharding(mesh)
     abstract = jax.eval_shape(functools.partial(init_state, model, tx), jax.random.key(0))
     opt_state = optax.tree_utils.tree_map_params(
-        tx,
+        tx.init,
         lambda _, where: where,
         abstract.opt_state,
         params,
