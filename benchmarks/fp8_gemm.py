@@ -1,0 +1,139 @@
+"""Block-scaled FP8 matmul beside cuBLAS BF16 and XLA's tensor-wise FP8, in one run.
+
+    PYTHONPATH=. python benchmarks/fp8_gemm.py            # the table of docs/performance.md
+    PYTHONPATH=. python benchmarks/fp8_gemm.py --sweep    # every tiling at the first shape
+
+Every row is checked before it is timed: against the product of the dequantized operands in
+FP32, and by running it twice, because a race shows as a result that moves.
+"""
+
+import argparse
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from timing import deadline, median_seconds
+
+from pallas_kernels import quantize, reference
+from pallas_kernels.hopper import matmul as hopper
+
+# (M, N, K): the shapes for which DeepGEMM publishes figures, and a square one.
+SHAPES = [
+    (4096, 4096, 7168),
+    (4096, 7168, 2048),
+    (4096, 24576, 1536),
+    (4096, 7168, 16384),
+    (8192, 8192, 8192),
+]
+SECONDS_PER_ROW = 60
+# Rounding of the result to BF16 alone gives 1.7e-3.
+LARGEST_ERROR = 3e-3
+_NT = (((1,), (1,)), ((), ()))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _operands(key, m, n, k, b_in_tiles):
+    keys = jax.random.split(key, 3)
+    # Rows of different magnitude: equal scales would hide a scale taken from the wrong row.
+    a = jax.random.normal(keys[0], (m, k)) * jnp.exp(jax.random.normal(keys[1], (m, 1)))
+    b = jax.random.normal(keys[2], (n, k))
+    of_b = quantize.quantize_tiles if b_in_tiles else quantize.quantize_blocks
+    return quantize.quantize_tiles(a), of_b(b), a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
+
+
+@jax.jit
+def _error(got, a, b):
+    want = lax.dot_general(
+        reference.dequantize(a), reference.dequantize(b), _NT, precision="highest"
+    )
+    return jnp.linalg.norm(got.astype(jnp.float32) - want) / jnp.linalg.norm(want)
+
+
+@jax.jit
+def _dot(a, b):
+    return lax.dot_general(a, b, _NT, preferred_element_type=jnp.bfloat16)
+
+
+def _row(label, shape, multiply, inputs, *, check=False):
+    """Check, time and print one way of multiplying; an error is a row too."""
+    m, n, k = shape
+    try:
+        with deadline(SECONDS_PER_ROW):
+            note = ""
+            if check:
+                once, again = multiply(*inputs[0]), multiply(*inputs[0])
+                error, stable = _error(once, *inputs[0]), jnp.array_equal(once, again)
+                note = f"error {error:.1e}" + ("" if stable else ", MOVES")
+                if not error <= LARGEST_ERROR:
+                    note += " WRONG"
+            seconds = median_seconds(multiply, inputs)
+    except Exception as problem:
+        print(f"{label:44} {type(problem).__name__}: {str(problem)[:200]}", flush=True)
+        return None
+    rate = 2 * m * n * k / seconds / 1e12
+    print(f"{label:44} {seconds * 1e6:9.1f} us {rate:7.0f} TFLOP/s  {note}", flush=True)
+    return rate
+
+
+def _sets(shape, b_in_tiles=False, count=2):
+    return [_operands(jax.random.key(seed), *shape, b_in_tiles) for seed in range(count)]
+
+
+def table(shapes):
+    """Ours beside the libraries', at every shape, forward and weight-gradient form."""
+    for shape in shapes:
+        print(f"\nM, N, K = {shape}")
+        sets = _sets(shape)
+        bf16 = _row("cuBLAS, BF16", shape, _dot, [s[2:] for s in sets])
+        fp8 = [(s[0].values, s[1].values) for s in sets]
+        _row("XLA, FP8, one scale per tensor", shape, _dot, fp8)
+        multiply = jax.jit(hopper.fp8_matmul)
+        ours = _row("1x128 by 128x128", shape, multiply, [s[:2] for s in sets], check=True)
+        if ours and bf16:
+            print(f"{'':44} {ours / bf16:.2f} times BF16")
+        del sets, fp8
+        sets = [s[:2] for s in _sets(shape, b_in_tiles=True)]
+        as_float32 = jax.jit(functools.partial(hopper.fp8_matmul, out_dtype=jnp.float32))
+        _row("1x128 by 1x128, FP32 result", shape, as_float32, sets, check=True)
+
+
+def sweep(shape):
+    """Every tiling at one shape, fastest last."""
+    print(f"\nM, N, K = {shape}")
+    inputs = [s[:2] for s in _sets(shape)]
+    rates = {}
+    for waves, shared, group, (stages, slots) in itertools.product(
+        (2, 1), ("none", "a", "b"), (4, 8, 16), ((0, 1), (0, 2), (3, 2))
+    ):
+        tiling = hopper.Tiling(
+            waves=waves, shared=shared, group=group, stages=stages, store_slots=slots
+        )
+        multiply = jax.jit(functools.partial(hopper.fp8_matmul, tiling=tiling))
+        label = f"{waves=} {shared=} {group=} {stages=} {slots=}"
+        if rate := _row(label, shape, multiply, inputs, check=True):
+            rates[label] = rate
+    print("\nfastest last:")
+    for label, rate in sorted(rates.items(), key=lambda item: item[1])[-8:]:
+        print(f"{label:44} {rate:7.0f} TFLOP/s")
+
+
+def main():
+    """Parse the command line and print."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--sweep", action="store_true", help="time every tiling instead")
+    parser.add_argument(
+        "--shape", nargs=3, type=int, action="append", metavar=("M", "N", "K"), help="repeatable"
+    )
+    arguments = parser.parse_args()
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}")
+    shapes = [tuple(shape) for shape in arguments.shape or SHAPES]
+    if arguments.sweep:
+        sweep(shapes[0])
+    else:
+        table(shapes)
+
+
+if __name__ == "__main__":
+    main()
