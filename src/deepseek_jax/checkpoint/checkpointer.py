@@ -102,12 +102,12 @@ class Checkpointer:
         self.wait()
         if step in self._manager.all_steps():
             return
+        shares = exchange(json.dumps(_encode_data(data_state)).encode())
         host = {
-            "data_state": exchange(json.dumps(_encode_data(data_state)).encode()),
+            "data_state": [json.loads(share) for share in shares],
             "rng": _encode_rng(rng),
             "extra": extra or {},
         }
-        host["data_state"] = [json.loads(part) for part in host["data_state"]]
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         # One answer for all processes: if only some raised, the others would wait for ever.
         free = int(exchange(str(free_bytes(self._steps)).encode())[0])
