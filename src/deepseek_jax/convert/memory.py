@@ -15,6 +15,7 @@ class Leaf:
 
     def __init__(self, path: tuple[str, ...], shape: tuple[int, ...], parts: list[Entry]):
         self.path, self.shape, self.parts = path, shape, parts
+        self.layout = parse(parts[0].row.layout)
 
 
 def leaves(config: ModelConfig) -> Iterator[Leaf]:
@@ -28,6 +29,11 @@ def leaves(config: ModelConfig) -> Iterator[Leaf]:
         stack = tuple(1 + i for i in group[-1].lead)
         own = (sizes[letter] for letter in parse(group[0].row.layout).ours)
         yield Leaf(path, (*stack, *own), group)
+
+
+def scale_path(path: tuple[str, ...]) -> tuple[str, ...]:
+    """Where the scales of an array kept in FP8 are: beside it, as ``<name>_scale``."""
+    return (*path[:-1], path[-1] + "_scale")
 
 
 def insert(tree: Params, path: tuple[str, ...], value: object) -> None:

@@ -1,0 +1,239 @@
+"""Hugging Face folder -> a run directory with one Orbax checkpoint, a few rows at a time.
+
+The arrays are written in Zarr's plain form (one file per chunk, uncompressed), which Orbax reads
+like its own: a chunk is some rows of one Hugging Face tensor in our layout, so a stacked
+``[L, E, D, F]`` array never exists in memory, chunks can be written in any order and in parallel,
+and an interrupted conversion continues with the chunks that are missing.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from deepseek_jax.checkpoint.files import local_path, write_checksums, write_json
+from deepseek_jax.convert.check import open_checked
+from deepseek_jax.convert.folder import HFFolder
+from deepseek_jax.convert.fp8 import E4M3
+from deepseek_jax.convert.load import LoadDtype, stacked_scales, stored_dtype
+from deepseek_jax.convert.memory import Leaf, leaves, scale_path
+from deepseek_jax.convert.sidecars import copy_sidecars
+from deepseek_jax.convert.table import BLOCK_SIZE, MODEL, Layout, axis_sizes, entries, to_ours
+from deepseek_jax.convert.transfer import claim_output, disk_errors, run_all
+
+_log = logging.getLogger(__name__)
+
+CHUNK_BYTES = 64 << 20
+_WORK = "converting"
+
+
+def convert_to_orbax(
+    hf_dir: str | os.PathLike[str],
+    out_dir: str | os.PathLike[str],
+    *,
+    dtype: LoadDtype = None,
+    workers: int = 4,
+    progress: bool = False,
+) -> Path:
+    """Convert a Hugging Face folder to a run directory that ``--init`` and ``generate`` take.
+
+    Interrupted, it continues when called again in the same way; the checkpoint appears under
+    ``out_dir/checkpoints/0`` when it is complete and not before. Tokenizer, chat template and
+    generation settings are carried along.
+
+    Args:
+        hf_dir: folder with ``config.json`` and safetensors.
+        out_dir: the run directory to make.
+        dtype: as in ``load_hf``.
+        workers: chunks in the making at a time; memory is about 0.3 GB for each.
+        progress: show a bar.
+
+    Returns:
+        The directory of the checkpoint.
+
+    Raises:
+        UserError: as ``load_hf``; or ``out_dir`` holds something else; or the disk is full.
+    """
+    folder, out = open_checked(hf_dir), local_path(out_dir)
+    arrays = list(_arrays(folder, dtype))
+    with disk_errors(out):
+        marker = claim_output(out, {"from": _fingerprint(folder), "dtype": dtype})
+        model = out / _WORK / "model"
+        for array in arrays:
+            _begin(model / ".".join(array.path), array)
+        write_json(model / "_METADATA", _orbax_metadata(arrays))
+        jobs = [
+            partial(_write_chunk, model / ".".join(array.path) / file, array, make)
+            for array in arrays
+            for file, make in array.chunks
+        ]
+        total = sum(math.prod(array.shape) * np.dtype(array.dtype).itemsize for array in arrays)
+        run_all(jobs, total, workers, progress)
+        _check_copies(folder)
+        write_checksums(out / _WORK)
+        copy_sidecars(folder.path, out)
+        write_json(out / "run.json", {"config": {"model": asdict(folder.config)}})
+        (out / "checkpoints").mkdir(exist_ok=True)
+        os.replace(out / _WORK, out / "checkpoints" / "0")
+        marker.unlink()
+    return out / "checkpoints" / "0"
+
+
+class _Stored(NamedTuple):
+    """One array on disk."""
+
+    path: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: Any
+    chunk_shape: tuple[int, ...]
+    chunks: list[tuple[str, Callable[[], np.ndarray]]]
+    """Zarr's name of each chunk (its place in the grid), and what makes it."""
+
+
+def _arrays(folder: HFFolder, dtype: LoadDtype) -> Iterator[_Stored]:
+    bias = None
+    for leaf in leaves(folder.config):
+        array = _from_tensors(folder, leaf, stored_dtype(folder, leaf, dtype))
+        bias = bias or (array if leaf.path == ("router_bias",) else None)
+        yield array
+        if array.dtype == E4M3:
+            yield _small(scale_path(leaf.path), stacked_scales(folder, leaf))
+    if bias is None:
+        config = folder.config
+        shape = (config.num_routers, config.n_routed_experts)
+        yield _small(("router_bias",), np.zeros(shape, np.float32))
+
+
+def _small(path: tuple[str, ...], values: np.ndarray) -> _Stored:
+    chunk = ".".join("0" * values.ndim)
+    return _Stored(path, values.shape, values.dtype, values.shape, [(chunk, lambda: values)])
+
+
+def _from_tensors(folder: HFFolder, leaf: Leaf, dtype: Any) -> _Stored:
+    layout, sizes = leaf.layout, axis_sizes(folder.config)
+    shape, lead = leaf.parts[0].shape, leaf.parts[0].lead
+    outer = layout.groups[0][0]
+    head = shape[0] // sizes[outer]
+    step = _rows_per_chunk(layout, shape, head, dtype)
+    own = [step // head if letter == outer else sizes[letter] for letter in layout.ours]
+    chunk_shape = (*(1 for _ in lead), *own)
+
+    def make(name: str, rows: slice) -> np.ndarray:
+        x = to_ours(folder.weight(name, rows, dtype=dtype), layout, sizes)
+        return _contiguous(x, tuple(own))
+
+    chunks = []
+    for entry in leaf.parts:
+        for i, first in enumerate(range(0, shape[0], step)):
+            place = [i if letter == outer else 0 for letter in layout.ours]
+            file = ".".join(map(str, (*entry.lead, *place)))
+            rows = slice(first, min(first + step, shape[0]))
+            chunks.append((file, partial(make, entry.name, rows)))
+    return _Stored(leaf.path, leaf.shape, dtype, chunk_shape, chunks)
+
+
+def _rows_per_chunk(layout: Layout, shape: tuple[int, ...], head: int, dtype: Any) -> int:
+    """Rows of the Hugging Face tensor per chunk: whole heads, and whole FP8 blocks."""
+    if len(shape) == 1 or layout.groups[0][0] == layout.rope:
+        return shape[0]
+    step = math.lcm(head, BLOCK_SIZE)
+    step_bytes = step * shape[1] * np.dtype(dtype).itemsize
+    return min(max(CHUNK_BYTES // step_bytes, 1) * step, shape[0])
+
+
+def _contiguous(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """``x`` in C order, filled up with zeros to ``shape``; x is usually a transposed view."""
+    out = np.empty(shape, x.dtype) if x.shape == shape else np.zeros(shape, x.dtype)
+    inside = out[tuple(slice(length) for length in x.shape)]
+    for i in range(0, x.shape[-1], 64):  # by blocks that the cache holds: 3x numpy's own speed
+        inside[..., i : i + 64] = x[..., i : i + 64]
+    return out
+
+
+# --- Zarr and Orbax --------------------------------------------------------------------------
+
+
+def _begin(directory: Path, array: _Stored) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    dtype = np.dtype(array.dtype)
+    write_json(
+        directory / ".zarray",
+        {
+            "zarr_format": 2,
+            "shape": array.shape,
+            "chunks": array.chunk_shape,
+            # Zarr has no name for these two; TensorStore's extension has.
+            "dtype": dtype.name if dtype.name in ("bfloat16", "float8_e4m3fn") else dtype.str,
+            "order": "C",
+            "compressor": None,
+            "filters": None,
+            "fill_value": None,
+            "dimension_separator": ".",
+        },
+    )
+
+
+def _write_chunk(path: Path, array: _Stored, make: Callable[[], np.ndarray]) -> int:
+    size = math.prod(array.chunk_shape) * np.dtype(array.dtype).itemsize
+    if path.exists() and path.stat().st_size == size:  # of the conversion that was interrupted
+        return size
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(make().view(np.uint8).data)
+        file.flush()
+        os.fdatasync(file.fileno())
+    os.replace(temporary, path)
+    return size
+
+
+def _orbax_metadata(arrays: list[_Stored]) -> dict[str, Any]:
+    def describe(array: _Stored) -> dict[str, Any]:
+        return {
+            "key_metadata": [{"key": key, "key_type": 2} for key in array.path],
+            "value_metadata": {
+                "value_type": "jax.Array",
+                "skip_deserialize": False,
+                "write_shape": array.shape,
+            },
+        }
+
+    return {
+        "tree_metadata": {str(array.path): describe(array) for array in arrays},
+        "use_ocdbt": False,
+        "use_zarr3": False,
+        "store_array_data_equal_to_fill_value": True,
+        "custom_metadata": None,
+    }
+
+
+# --- source ----------------------------------------------------------------------------------
+
+
+def _fingerprint(folder: HFFolder) -> str:
+    """Tells whether an interrupted conversion was of these files."""
+    files = sorted({info.path for info in folder.tensors.values()})
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(json.dumps([folder.hf_config, stats]).encode()).hexdigest()
+
+
+def _check_copies(folder: HFFolder) -> None:
+    """The MTP modules' embedding and head must be the main model's, which alone is kept."""
+    originals = {row.ours: row.hf for row in MODEL}
+    for entry in entries(folder.config):
+        if not entry.row.copy or entry.name not in folder.tensors:
+            continue
+        original = originals[entry.row.ours]
+        for first in range(0, entry.shape[0], 4096):
+            rows = slice(first, first + 4096)
+            a, b = folder.read(entry.name, rows), folder.read(original, rows)
+            if a.dtype != b.dtype or not np.array_equal(a.view(np.uint8), b.view(np.uint8)):
+                _log.warning("%s differs from %s, which is used instead", entry.name, original)
+                break
