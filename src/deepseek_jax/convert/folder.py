@@ -40,8 +40,7 @@ class HFFolder:
         self.path = Path(path)
         if not self.path.is_dir():
             raise UserError(f"{path} is not a directory; give a folder with config.json in it.")
-        self.config = ModelConfig.from_hf(self.path / "config.json")
-        self.hf_config = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+        self.hf_config, self.config = _read_config(self.path / "config.json")
         _check_options(self.path, self.hf_config)
         self.tensors = _read_headers(self.path, _shards(self.path))
         self._drop_absent_mtp()
@@ -84,6 +83,18 @@ class HFFolder:
         if depth and not any(name.startswith(first) for name in self.tensors):
             _log.warning("%s has no MTP modules although config.json says %d", self.path, depth)
             self.config = self.config.replace(num_nextn_predict_layers=0)
+
+
+def _read_config(path: Path) -> tuple[dict[str, Any], ModelConfig]:
+    try:
+        hf = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(hf, dict):
+            raise TypeError("it is not a JSON object")
+        return hf, ModelConfig.from_hf(hf)
+    except UserError:
+        raise
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} is not a readable config.json: {error!r:.200}.") from error
 
 
 def _check_options(path: Path, hf: dict[str, Any]) -> None:
