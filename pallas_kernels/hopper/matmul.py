@@ -27,6 +27,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.hopper import compat
+from pallas_kernels.hopper.ring import Ring
 from pallas_kernels.reference import TILE, Quantized, has_block_scales
 
 _WARPGROUPS = 2  # consumers; the producer is one more
@@ -191,9 +192,6 @@ class _Kernel:
             m_tile = 2 * m_tile + lax.axis_index("cluster")
         return m_tile, n_tile
 
-    def next_slot(self, slot):
-        return lax.select(slot == self.stages - 1, jnp.int32(0), slot + 1)
-
     def call(self, multiprocessors: int, interpret: bool):
         ring = self.stages
         operand = (plgpu.TilingTransform((8, TILE)), plgpu.SwizzleTransform(TILE))
@@ -255,20 +253,16 @@ class _Kernel:
         a_copy = multicast if self.tiling.shared == "a" else {}
         b_copy = multicast if self.tiling.shared == "b" else {}
 
-        @plgpu.nd_loop(
-            (grid[0] * grid[1],), collective_axes="sm", init_carry=(jnp.int32(0), jnp.int32(0))
-        )
+        ring, empty = Ring(self.stages), refs["empty"]
+
+        @plgpu.nd_loop((grid[0] * grid[1],), collective_axes="sm", init_carry=ring.start())
         def per_tile(info, carry):
             m_tile, n_tile = self.tile(info.index[0])
             first_row, columns = m_tile * self.tile_rows, pl.ds(n_tile * TILE, TILE)
 
-            def step(k, carry):
-                slot, filled = carry
-
-                @pl.when(filled == self.stages)
-                def _():
-                    plgpu.barrier_wait(refs["empty"].at[slot])
-
+            def step(k, position):
+                ring.acquire(position, empty)
+                slot = position.slot
                 ks = pl.ds(k * TILE, TILE)
                 full = refs["full"].at[slot]
 
@@ -285,19 +279,11 @@ class _Kernel:
                 if self.tiling.waves == 2:
                     second = refs["full_second"].at[slot]
                     load(rows(1), refs["a_smem"].at[slot, 1], second, **a_copy)
-                return self.next_slot(slot), lax.min(filled + 1, jnp.int32(self.stages))
+                return ring.advance(position)
 
             return lax.fori_loop(0, self.k_steps, step, carry)
 
-        slot, filled = per_tile
-
-        # A block must outlive what its neighbour still signals to it.
-        def drain(_, slot):
-            plgpu.barrier_wait(refs["empty"].at[slot])
-            return self.next_slot(slot)
-
-        oldest = lax.select(filled == self.stages, slot, jnp.int32(0))
-        lax.fori_loop(0, filled, drain, oldest)
+        ring.drain(per_tile, empty)
 
     def consume(self, warpgroup, b_scale, out, refs):
         """Multiply, promote, and store one tile after the other."""
@@ -306,6 +292,7 @@ class _Kernel:
         rows = pl.ds(warpgroup * _ROWS, _ROWS)
         tile_shape = (_ROWS, TILE)
         last_block = b_scale.shape[0] - 1
+        ring = Ring(self.stages)
 
         @plgpu.nd_loop((grid[0] * grid[1],), collective_axes="sm", init_carry=jnp.int32(0))
         def per_tile(info, carry):
@@ -344,7 +331,7 @@ class _Kernel:
                         # now: no proxy fence is needed before TMA may write over them.
                         plgpu.barrier_arrive(refs["empty"].at[slot])
                     new_totals.append(total + partial * scale)
-                return self.next_slot(slot), next_scale_b, tuple(new_totals)
+                return ring.next_slot(slot), next_scale_b, tuple(new_totals)
 
             zeros = tuple(jnp.zeros(tile_shape, jnp.float32) for _ in range(self.tiling.waves))
             first_scale_b = None if self.b_in_tiles else block_scale(jnp.int32(0))

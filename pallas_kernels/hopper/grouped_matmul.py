@@ -1,0 +1,349 @@
+"""Grouped (per-expert) matmul on Hopper: ragged rows, one weight matrix per group.
+
+The block of threads is that of `pallas_kernels.hopper.matmul`: a producer warpgroup that keeps a
+ring of shared-memory stages full, and two consumers with 64 rows each. Tiles are 128 rows by 256
+columns: short, because a group ends inside a tile; wide, because the weights then pass through
+shared memory half as often.
+
+No row is moved or padded. A tile starts at the last multiple of 8 rows before its group (Mosaic
+tiles memory by 8 rows), computes a few rows of a neighbouring group where it must, and stores only
+its own. The list of tiles is made from the group sizes on the device, so work is proportional to
+the rows that are there and nothing is recompiled when they move between groups.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.hopper import compat
+from pallas_kernels.hopper.ring import Ring
+from pallas_kernels.reference import TILE, Quantized
+
+_WARPGROUPS = 2
+_ROWS = 64
+_TILE_ROWS = _WARPGROUPS * _ROWS
+_TILE_COLUMNS = 256
+_ALIGNMENT = 8  # rows
+_STORE_COLUMNS = 64  # 128 bytes of bfloat16: one swizzle, and the alignment TMA asks of a row
+_STEP_BYTES = 128  # of K in a stage: 64 bfloat16 or 128 E4M3
+_STAGES = 4
+_CHUNK = 16  # tiles of M that share the columns of a weight before the next columns' turn
+_REGISTERS_PRODUCER, _REGISTERS_CONSUMER = 40, 232
+
+
+def row_tiles(group_sizes: Int[Array, "G"], m: int) -> tuple[jax.Array, ...]:
+    """The tiles of M that the groups need.
+
+    Returns:
+        Five int32 arrays: the number of tiles [1], and for each tile its group, its first row, and
+        the range of rows that it may store. Entries past the number of tiles are not used.
+    """
+    ends_G = jnp.cumsum(group_sizes.astype(jnp.int32))
+    starts_G = ends_G - group_sizes
+    first_G = starts_G // _ALIGNMENT * _ALIGNMENT
+    tiles_G = jnp.where(group_sizes > 0, -((first_G - ends_G) // _TILE_ROWS), 0)
+    tile_ends_G = jnp.cumsum(tiles_G)
+    groups = group_sizes.shape[0]
+    most = (m + (_ALIGNMENT - 1) * groups) // _TILE_ROWS + groups
+    index = jnp.arange(most, dtype=jnp.int32)
+    group = jnp.sum(index[:, None] >= tile_ends_G, axis=1, dtype=jnp.int32)
+    group = jnp.minimum(group, groups - 1)
+    row = first_G[group] + (index - (tile_ends_G - tiles_G)[group]) * _TILE_ROWS
+    low = jnp.maximum(row, starts_G[group])
+    high = jnp.minimum(row + _TILE_ROWS, ends_G[group])
+    return tile_ends_G[-1:], group, row, low, high
+
+
+def grouped_matmul(
+    x_MK: Float[Array, "M K"],
+    w: Float[Array, "G _ _"],
+    group_sizes: Int[Array, "G"],
+    *,
+    transpose_w: bool = False,
+    interpret: bool = False,
+) -> Float[Array, "M N"]:
+    """Each row times its group's matrix, or its transpose, in BF16 with FP32 sums.
+
+    Args:
+        x_MK: rows in group order, bfloat16.
+        w: [G, K, N], a matrix per group, bfloat16; [G, N, K] with ``transpose_w``, as the input
+            gradient needs it.
+        group_sizes: rows of each group, 0 allowed; rows past their sum come out undefined.
+        transpose_w: whether the last axis of ``w`` is the contracted one.
+        interpret: simulate on the CPU.
+
+    Raises:
+        ValueError: unless K and N are multiples of 64.
+    """
+    (m, k), n = x_MK.shape, w.shape[1 if transpose_w else 2]
+    if k % 64 or n % 64:
+        raise ValueError(f"K and N must be multiples of 64, not {k} and {n}")
+    kernel = _Kernel(_aligned(m), n, k, jnp.dtype(x_MK.dtype), transpose_w)
+    x_MK = jnp.pad(x_MK, ((0, kernel.m - m), (0, 0)))
+    return kernel.call(interpret)(*row_tiles(group_sizes, m), x_MK, w)[:m]
+
+
+def fp8_grouped_matmul(
+    a: Quantized, b: Quantized, group_sizes: Int[Array, "G"], *, interpret: bool = False
+) -> Float[Array, "M N"]:
+    """The grouped form of the block-scaled FP8 matmul, with a BF16 result.
+
+    Args:
+        a: [M, K] values with 1x128 tile scales, rows in group order.
+        b: [G, N, K] values with 128x128 block scales.
+        group_sizes: rows of each group, 0 allowed; rows past their sum come out undefined.
+        interpret: simulate on the CPU.
+
+    Raises:
+        ValueError: unless K is a multiple of 128 and N of 64.
+    """
+    (m, k), n = a.values.shape, b.values.shape[1]
+    if k % TILE or n % 64:
+        raise ValueError(f"K must be a multiple of 128 and N of 64, not {k} and {n}")
+    kernel = _Kernel(_aligned(m), n, k, jnp.dtype(a.values.dtype), True)
+    a_values = jnp.pad(a.values, ((0, kernel.m - m), (0, 0)))
+    a_scale = jnp.pad(a.scale, ((0, 0), (0, kernel.m - m)))
+    tiles = row_tiles(group_sizes, m)
+    return kernel.call(interpret)(*tiles, a_values, b.values, a_scale, b.scale)[:m]
+
+
+def _aligned(rows: int) -> int:
+    return pl.cdiv(rows, _ALIGNMENT) * _ALIGNMENT
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kernel:
+    """One compiled shape."""
+
+    m: int
+    n: int
+    k: int
+    dtype: jnp.dtype
+    transpose_w: bool
+
+    @property
+    def fp8(self) -> bool:
+        return self.dtype.itemsize == 1
+
+    @property
+    def k_tile(self) -> int:
+        return _STEP_BYTES // self.dtype.itemsize
+
+    @property
+    def k_steps(self) -> int:
+        return self.k // self.k_tile
+
+    @property
+    def n_tiles(self) -> int:
+        return pl.cdiv(self.n, _TILE_COLUMNS)
+
+    def call(self, interpret: bool):
+        operand = (plgpu.TilingTransform((8, self.k_tile)), plgpu.SwizzleTransform(128))
+        result = (plgpu.TilingTransform((8, _STORE_COLUMNS)), plgpu.SwizzleTransform(128))
+        half = (_TILE_COLUMNS // 2, self.k_tile)
+        if not self.transpose_w:
+            half = half[::-1]
+        staged = (_WARPGROUPS, _ROWS, _STORE_COLUMNS)
+        scratch = dict(
+            a_smem=plgpu.SMEM((_STAGES, _TILE_ROWS, self.k_tile), self.dtype, transforms=operand),
+            b_smem=plgpu.SMEM((_STAGES, 2, *half), self.dtype, transforms=operand),
+            a_scale_smem=plgpu.SMEM((_STAGES, _TILE_ROWS), jnp.float32) if self.fp8 else None,
+            out_smem=plgpu.SMEM(staged, jnp.bfloat16, transforms=result),
+            # Rows are stored from here one by one, which a swizzle does not allow.
+            edge_smem=plgpu.SMEM(staged, jnp.bfloat16),
+            full=plgpu.Barrier(num_arrivals=2 + self.fp8, num_barriers=_STAGES),
+            full_second=plgpu.Barrier(num_barriers=_STAGES),
+            empty=plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=_STAGES),
+        )
+        names = [name for name, spec in scratch.items() if spec is not None]
+
+        def body(count, group, row, low, high, a, b, *refs):
+            scales, (out, *refs) = (refs[:2], refs[2:]) if self.fp8 else ((None, None), refs)
+            refs = dict.fromkeys(scratch) | dict(zip(names, refs, strict=True))
+            warpgroup = lax.axis_index("warpgroup")
+
+            def tile(info):
+                """Entries of the list of tiles, and the column, of a step of the grid."""
+                t, n_tile = plgpu.planar_snake(info.index[0], (count[0], self.n_tiles), 0, _CHUNK)
+                return group[t], pl.multiple_of(row[t], _ALIGNMENT), low[t], high[t], n_tile
+
+            steps = (count[0] * self.n_tiles,)
+            pl.when(warpgroup == _WARPGROUPS)(
+                functools.partial(self.produce, steps, tile, a, b, scales[0], refs)
+            )
+            pl.when(warpgroup < _WARPGROUPS)(
+                functools.partial(self.consume, steps, tile, warpgroup, scales[1], out, refs)
+            )
+
+        return compat.kernel(
+            body,
+            interpret=interpret,
+            out_type=jax.ShapeDtypeStruct((self.m, self.n), jnp.bfloat16),
+            grid=(1 if interpret else compat.multiprocessors(),),
+            grid_names=("sm",),
+            num_threads=_WARPGROUPS + 1,
+            thread_name="warpgroup",
+            scratch_types=[scratch[name] for name in names],
+        )
+
+    def produce(self, steps, tile, a, b, a_scale, refs):
+        """Keep the ring full; the weights come in two halves, each with a barrier."""
+        plgpu.set_max_registers(_REGISTERS_PRODUCER, action="decrease")
+        load = plgpu.copy_gmem_to_smem
+
+        ring, empty = Ring(_STAGES), refs["empty"]
+
+        @plgpu.nd_loop(steps, collective_axes="sm", init_carry=ring.start())
+        def per_tile(info, carry):
+            group, row, _, _, n_tile = tile(info)
+            rows = pl.ds(row, _TILE_ROWS)
+
+            def step(k, position):
+                ring.acquire(position, empty)
+                slot = position.slot
+                ks = pl.ds(k * self.k_tile, self.k_tile)
+                full = refs["full"].at[slot]
+                load(a.at[rows, ks], refs["a_smem"].at[slot], full)
+                if self.fp8:
+                    load(a_scale.at[k, rows], refs["a_scale_smem"].at[slot], full)
+                for half in range(2):
+                    start = n_tile * _TILE_COLUMNS + half * (_TILE_COLUMNS // 2)
+                    columns = pl.ds(start, _TILE_COLUMNS // 2)
+                    source = (
+                        b.at[group, columns, ks] if self.transpose_w else b.at[group, ks, columns]
+                    )
+                    barrier = full if half == 0 else refs["full_second"].at[slot]
+                    load(source, refs["b_smem"].at[slot, half], barrier)
+                return ring.advance(position)
+
+            return lax.fori_loop(0, self.k_steps, step, carry)
+
+        ring.drain(per_tile, empty)
+
+    def consume(self, steps, tile, warpgroup, b_scale, out, refs):
+        """Multiply and store one tile after the other."""
+        plgpu.set_max_registers(_REGISTERS_CONSUMER, action="increase")
+        mainloop = self.sum_fp8 if self.fp8 else self.sum_bf16
+
+        @plgpu.nd_loop(steps, collective_axes="sm", init_carry=jnp.int32(0))
+        def per_tile(info, carry):
+            group, row, low, high, n_tile = tile(info)
+            slot, totals = mainloop(carry, group, n_tile, warpgroup, b_scale, refs)
+            first = pl.multiple_of(row + warpgroup * _ROWS, _ALIGNMENT)
+            self.store(warpgroup, first, low, high, n_tile, totals, out, refs)
+            return slot
+
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    def operands(self, slot, half, warpgroup, refs):
+        a = refs["a_smem"].at[slot, pl.ds(warpgroup * _ROWS, _ROWS)]
+        b = refs["b_smem"].at[slot, half]
+        return a, b.T if self.transpose_w else b
+
+    def sum_bf16(self, slot, group, n_tile, warpgroup, b_scale, refs):
+        """All of K in the accumulators of the tensor cores, one product always in flight."""
+        del group, n_tile, b_scale
+        shape = (_ROWS, _TILE_COLUMNS // 2)
+
+        def mainloop(first, second):
+            def step(k, carry):
+                slot, previous = carry
+                for half, accumulator in enumerate((first, second)):
+                    plgpu.barrier_wait(refs["full" if half == 0 else "full_second"].at[slot])
+                    plgpu.wgmma(accumulator, *self.operands(slot, half, warpgroup, refs))
+                # Two products per stage: those of the stage before are finished.
+                plgpu.wgmma_wait(2)
+
+                @pl.when(k > 0)
+                def _():
+                    plgpu.barrier_arrive(refs["empty"].at[previous])
+
+                return Ring(_STAGES).next_slot(slot), slot
+
+            carry = lax.fori_loop(0, self.k_steps, step, (slot, slot))
+            totals = first[...], second[...]
+            plgpu.barrier_arrive(refs["empty"].at[carry[1]])
+            return carry[0], totals
+
+        accumulator = plgpu.ACC(shape, jnp.float32)
+        return pl.run_scoped(mainloop, accumulator, accumulator)
+
+    def sum_fp8(self, slot, group, n_tile, warpgroup, b_scale, refs):
+        """Every 128 of K promoted into FP32 registers, as in `pallas_kernels.hopper.matmul`."""
+        shape = (_ROWS, _TILE_COLUMNS // 2)
+        last_block = b_scale.shape[1] - 1
+
+        def block_scales(k):
+            k = lax.min(k, jnp.int32(self.k_steps - 1))
+            return tuple(
+                b_scale[group, lax.min(2 * n_tile + half, jnp.int32(last_block)), k]
+                for half in range(2)
+            )
+
+        def step(k, carry):
+            slot, scales_b, totals = carry
+            next_scales_b = block_scales(k + 1)
+            new_totals = []
+            scale = None
+            for half, total in enumerate(totals):
+                plgpu.barrier_wait(refs["full" if half == 0 else "full_second"].at[slot])
+                if half == 0:
+                    scale = refs["a_scale_smem"][slot, pl.ds(warpgroup * _ROWS, _ROWS)]
+                scale_half = lax.broadcast_in_dim(scale * scales_b[half], shape, (0,))
+
+                def multiply(accumulator, half=half):
+                    plgpu.wgmma(accumulator, *self.operands(slot, half, warpgroup, refs))
+                    return accumulator[...]
+
+                partial = pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
+                if half == 1:
+                    plgpu.barrier_arrive(refs["empty"].at[slot])
+                new_totals.append(total + partial * scale_half)
+            return Ring(_STAGES).next_slot(slot), next_scales_b, tuple(new_totals)
+
+        zeros = jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.float32)
+        start = slot, block_scales(jnp.int32(0)), zeros
+        slot, _, totals = lax.fori_loop(0, self.k_steps, step, start)
+        return slot, totals
+
+    def store(self, warpgroup, first, low, high, n_tile, totals, out, refs):
+        """Store the rows of [first, first + 64) that lie in [low, high)."""
+        whole = (low <= first) & (first + _ROWS <= high)
+        for half, total in enumerate(totals):
+            for chunk in range(_TILE_COLUMNS // 2 // _STORE_COLUMNS):
+                start = chunk * _STORE_COLUMNS
+                values = total[:, start : start + _STORE_COLUMNS].astype(jnp.bfloat16)
+                column = n_tile * _TILE_COLUMNS + half * (_TILE_COLUMNS // 2) + start
+                columns = pl.ds(column, _STORE_COLUMNS)
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+                @pl.when(whole)
+                def _(values=values, columns=columns):
+                    staged = refs["out_smem"].at[warpgroup]
+                    staged[...] = values
+                    plgpu.commit_smem()
+                    plgpu.copy_smem_to_gmem(staged, out.at[pl.ds(first, _ROWS), columns])
+
+                @pl.when(jnp.logical_not(whole))
+                def _(values=values, columns=columns):
+                    staged = refs["edge_smem"].at[warpgroup]
+                    staged[...] = values
+                    plgpu.commit_smem()
+                    # The size of a copy is fixed, so any number of rows is a sum of powers of two.
+                    start = lax.max(low - first, jnp.int32(0))
+                    rows = lax.max(lax.min(high - first, jnp.int32(_ROWS)) - start, jnp.int32(0))
+                    for bit in (32, 16, 8, 4, 2, 1):
+
+                        @pl.when(rows & bit != 0)
+                        def _(bit=bit, start=start):
+                            source = staged.at[pl.ds(start, bit)]
+                            target = out.at[pl.ds(first + start, bit), columns]
+                            plgpu.copy_smem_to_gmem(source, target)
+
+                        start = start + (rows & bit)

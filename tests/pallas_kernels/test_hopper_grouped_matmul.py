@@ -1,0 +1,112 @@
+"""The Hopper grouped matmul: its list of tiles, its simulation, and the device where there is one.
+
+On a Hopper GPU: ``JAX_PLATFORMS=cuda pytest -m gpu tests/pallas_kernels``.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels import quantize, reference
+from pallas_kernels.hopper import grouped_matmul as hopper
+from pallas_kernels.reference import Quantized
+
+needs_simulation = pytest.mark.skipif(
+    tuple(int(part) for part in jax.__version__.split(".")[:2]) < (0, 11),
+    reason="before 0.11, Pallas cannot simulate a transposed operand",
+)
+
+# Empty groups at both ends and in the middle, one row, boundaries off every multiple of 8.
+SIZES = [[128, 128], [100, 0, 28, 77], [0, 3, 130, 0, 1, 0], [0, 0, 64]]
+
+simulated_and_real = pytest.mark.parametrize(
+    "interpret",
+    [
+        pytest.param(True, id="simulated", marks=needs_simulation),
+        pytest.param(False, id="device", marks=pytest.mark.gpu),
+    ],
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.sampled_from([0, 1, 7, 8, 9, 127, 128, 129, 300, 511]), min_size=1, max_size=9))
+def test_every_row_is_stored_once_and_by_its_group(sizes):
+    m = sum(sizes)
+    count, group, row, low, high = (
+        np.asarray(x) for x in hopper.row_tiles(jnp.asarray(sizes, jnp.int32), m)
+    )
+    owner = np.full(m, -1)
+    for t in range(count[0]):
+        assert row[t] % 8 == 0, "or the tensor memory accelerator cannot start there"
+        assert row[t] <= low[t] < high[t] <= row[t] + 128
+        assert (owner[low[t] : high[t]] == -1).all(), "stored twice"
+        owner[low[t] : high[t]] = group[t]
+    np.testing.assert_array_equal(owner, np.repeat(np.arange(len(sizes)), sizes))
+    # Work is proportional to rows: at most one tile of each group is not full.
+    assert count[0] <= sum(-(-(size + 7) // 128) for size in sizes if size)
+
+
+def matrices(sizes, k, n, seed=0):
+    keys = jax.random.split(jax.random.key(seed), 2)
+    x = jax.random.normal(keys[0], (sum(sizes), k), jnp.bfloat16)
+    w = jax.random.normal(keys[1], (len(sizes), k, n), jnp.bfloat16)
+    return x, w, jnp.asarray(sizes, jnp.int32)
+
+
+def assert_near(got, want):
+    """To the rounding of a BF16 result, and of sums in another order."""
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(got, np.float32), want, rtol=2.0**-8, atol=1e-2)
+
+
+@simulated_and_real
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("transpose_w", [False, True])
+def test_bfloat16(sizes, transpose_w, interpret):
+    x, w, group_sizes = matrices(sizes, 192, 320)
+    operand = w.swapaxes(1, 2) if transpose_w else w
+    got = hopper.grouped_matmul(
+        x, operand, group_sizes, transpose_w=transpose_w, interpret=interpret
+    )
+    assert_near(got, reference.grouped_matmul(x, w, group_sizes, out_dtype=jnp.float32))
+
+
+@simulated_and_real
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_fp8(sizes, interpret):
+    x, w, group_sizes = matrices(sizes, 640, 320)
+    a, b = quantize.quantize_tiles(x), quantize.quantize_blocks(w.swapaxes(1, 2))
+    got = hopper.fp8_grouped_matmul(a, b, group_sizes, interpret=interpret)
+    want = np.asarray(reference.fp8_grouped_matmul(a, b, group_sizes, out_dtype=jnp.float32))
+    # Tensor cores sum E4M3 products to about 13 bits: an error relative to the largest sums.
+    atol = 1e-2 if interpret else 2.0**-11 * np.abs(want).max()
+    np.testing.assert_allclose(np.asarray(got, np.float32), want, rtol=2.0**-8, atol=atol)
+
+
+@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("transpose_w", [False, True])
+def test_lowers_without_a_device(fp8, transpose_w):
+    shape = jax.ShapeDtypeStruct
+    m, k, n, groups = 1000, 2048, 7168, 8
+    group_sizes = shape((groups,), jnp.int32)
+    if fp8:
+        a = Quantized(shape((m, k), reference.E4M3), shape((k // 128, m), jnp.float32))
+        scales = shape((groups, n // 128, k // 128), jnp.float32)
+        b = Quantized(shape((groups, n, k), reference.E4M3), scales)
+        traced = jax.jit(hopper.fp8_grouped_matmul).trace(a, b, group_sizes)
+    else:
+        w = shape((groups, n, k) if transpose_w else (groups, k, n), jnp.bfloat16)
+        multiply = functools.partial(hopper.grouped_matmul, transpose_w=transpose_w)
+        traced = jax.jit(multiply).trace(shape((m, k), jnp.bfloat16), w, group_sizes)
+    assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_shapes_it_cannot_do_are_named():
+    x, w, group_sizes = matrices([8], 96, 64)
+    with pytest.raises(ValueError, match="multiples of 64, not 96 and 64"):
+        hopper.grouped_matmul(x, w, group_sizes)
