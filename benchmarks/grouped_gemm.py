@@ -1,0 +1,129 @@
+"""Grouped (per-expert) matmul on Hopper beside ``jax.lax.ragged_dot`` and a dense product.
+
+    PYTHONPATH=. python benchmarks/grouped_gemm.py
+
+The dense row is cuBLAS on as many rows in one group: what ragged rows cost is the distance to it.
+Every row is checked against a float32 loop over the groups before it is timed, and run twice,
+because a race shows as a result that moves.
+"""
+
+import argparse
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from timing import deadline, median_seconds
+
+from pallas_kernels import quantize, reference
+from pallas_kernels.hopper import grouped_matmul as hopper
+
+# (K, N) of an expert's products in DeepSeek-V3: gate and up side by side, and down.
+PRODUCTS = [(7168, 4096), (2048, 7168)]
+# (groups, rows of all groups together)
+GROUPS = [(8, 32768), (32, 32768), (64, 32768)]
+SECONDS_PER_ROW = 90
+LARGEST_ERROR = 3e-3  # rounding to BF16 alone gives 1.7e-3
+
+
+def _sizes(groups: int, rows: int, skew: float) -> list[int]:
+    """Group sizes as routing gives them: log-normal, a few rows of the sum left to the last."""
+    weights = np.exp(skew * np.random.default_rng(groups).normal(size=groups))
+    sizes = np.floor(weights / weights.sum() * rows).astype(int)
+    sizes[-1] += rows - sizes.sum()
+    return sizes.tolist()
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _operands(key, groups, rows, k, n):
+    keys = jax.random.split(key, 3)
+    x = jax.random.normal(keys[0], (rows, k)) * jnp.exp(jax.random.normal(keys[1], (rows, 1)))
+    w = jax.random.normal(keys[2], (groups, k, n), jnp.bfloat16)
+    return x.astype(jnp.bfloat16), w
+
+
+@functools.partial(jax.jit, static_argnums=5)
+def _error_of_group(got, x, w, first, size, most):
+    """Squares of the error and of the result, over one group of at most ``most`` rows."""
+
+    def own(rows_MX):
+        padded = jnp.pad(rows_MX, ((0, most), (0, 0)))
+        return lax.dynamic_slice_in_dim(padded, first, most).astype(jnp.float32)
+
+    want = jnp.dot(own(x), w.astype(jnp.float32), precision="highest")
+    counts = (jnp.arange(most) < size)[:, None]
+    return tuple(jnp.sum(jnp.where(counts, y, 0) ** 2) for y in (own(got) - want, want))
+
+
+def _error(got, x, matrices, sizes):
+    """Relative error over all rows, one group at a time to fit in memory."""
+    firsts = np.cumsum([0, *sizes[:-1]])
+    pairs = [
+        _error_of_group(got, x, matrices(g), first, size, max(sizes))
+        for g, (first, size) in enumerate(zip(firsts, sizes, strict=True))
+    ]
+    wrong, whole = (sum(float(pair[i]) for pair in pairs) for i in range(2))
+    return (wrong / whole) ** 0.5
+
+
+def _row(label, flops, multiply, inputs, error=None):
+    """Check, time and print one way of multiplying; an error is a row too."""
+    try:
+        with deadline(SECONDS_PER_ROW):
+            note = ""
+            if error:
+                once, again = multiply(*inputs[0]), multiply(*inputs[0])
+                size = error(once)
+                note = f"error {size:.1e}" + ("" if jnp.array_equal(once, again) else ", MOVES")
+                if not size <= LARGEST_ERROR:
+                    note += " WRONG"
+            seconds = median_seconds(multiply, inputs, calls=10, repeats=5)
+    except Exception as problem:
+        print(f"{label:36} {type(problem).__name__}: {str(problem)[:200]}", flush=True)
+        return
+    rate = flops / seconds / 1e12
+    print(f"{label:36} {seconds * 1e6:9.1f} us {rate:7.0f} TFLOP/s  {note}", flush=True)
+
+
+def measure(groups: int, rows: int, k: int, n: int, skew: float):
+    """Print the rows of one case."""
+    sizes = _sizes(groups, rows, skew)
+    print(f"\n{groups} groups, {rows} rows ({min(sizes)} to {max(sizes)}), K, N = {k}, {n}")
+    group_sizes = jnp.asarray(sizes, jnp.int32)
+    flops = 2 * rows * k * n
+    x, w = _operands(jax.random.key(0), groups, rows, k, n)
+
+    dense = jax.jit(jnp.dot)
+    _row("cuBLAS, BF16, one group", flops, dense, [(x, w[0])])
+    in_bf16 = functools.partial(_error, x=x, matrices=lambda g: w[g], sizes=sizes)
+    inputs = [(x, w, group_sizes)]
+    _row("lax.ragged_dot, BF16", flops, jax.jit(lax.ragged_dot), inputs, in_bf16)
+    _row("ours, BF16", flops, jax.jit(hopper.grouped_matmul), inputs, in_bf16)
+    transposed = jax.jit(functools.partial(hopper.grouped_matmul, transpose_w=True))
+    w_GNK = jnp.swapaxes(w, 1, 2)
+    _row("ours, BF16, transposed weights", flops, transposed, [(x, w_GNK, group_sizes)], in_bf16)
+
+    a, b = quantize.quantize_tiles(x), quantize.quantize_blocks(w_GNK)
+    del x, w, w_GNK, inputs, in_bf16
+
+    def matrix(g):
+        return reference.dequantize(jax.tree.map(lambda array: array[g], b)).T
+
+    in_fp8 = functools.partial(_error, x=reference.dequantize(a), matrices=matrix, sizes=sizes)
+    _row("ours, FP8", flops, jax.jit(hopper.fp8_grouped_matmul), [(a, b, group_sizes)], in_fp8)
+
+
+def main():
+    """Parse the command line and print."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--skew", type=float, default=0.5, help="spread of log group sizes")
+    arguments = parser.parse_args()
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}")
+    for k, n in PRODUCTS:
+        for groups, rows in GROUPS:
+            measure(groups, rows, k, n, arguments.skew)
+
+
+if __name__ == "__main__":
+    main()
