@@ -14,8 +14,8 @@ import itertools
 import jax
 import jax.numpy as jnp
 from jax import lax
-from timing import deadline, median_seconds
 
+from benchmarks.timing import deadline, median_seconds
 from pallas_kernels import quantize, reference
 from pallas_kernels.hopper import matmul as hopper
 
@@ -105,7 +105,7 @@ def sweep(shape):
     inputs = [s[:2] for s in _sets(shape)]
     rates = {}
     for waves, shared, group, (stages, slots) in itertools.product(
-        (2, 1), ("none", "a", "b"), (4, 8, 16), ((0, 1), (0, 2), (3, 2))
+        (2, 1), ("none", "a", "b"), (4, 8, 16), ((0, 1), (0, 2), (3, 1))
     ):
         tiling = hopper.Tiling(
             waves=waves, shared=shared, group=group, stages=stages, store_slots=slots

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from timing import deadline, median_seconds
 
+from benchmarks.timing import deadline, median_seconds
 from pallas_kernels import quantize, reference
 from pallas_kernels.hopper import grouped_matmul as hopper
 

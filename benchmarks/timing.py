@@ -21,6 +21,7 @@ def median_seconds(
     """
 
     def run(count: int) -> float:
+        out = None
         start = time.perf_counter()
         for i in range(count):
             out = f(*inputs[i % len(inputs)])

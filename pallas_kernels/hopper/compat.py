@@ -6,9 +6,11 @@ Pallas' GPU interface is experimental and moves; every version switch of this pa
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-try:  # public since 0.11
-    InterpretParams = plgpu.InterpretGPUParams
-except AttributeError:
+if hasattr(plgpu, "InterpretGPUParams"):  # public since 0.11
+    from jax.experimental.pallas.mosaic_gpu import (
+        InterpretGPUParams as InterpretParams,  # pyrefly: ignore[missing-module-attribute]
+    )
+else:
     from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams as InterpretParams
 
 # The number of multiprocessors of an H100 SXM: what to assume where no device can be asked.
@@ -33,11 +35,10 @@ def compiler_params() -> plgpu.CompilerParams:
 
 def kernel(body, *, interpret: bool, **kwargs):
     """`plgpu.kernel`, or its simulation on the CPU with every barrier and buffer kept track of."""
-    # What TMA reads outside an array is zero; the simulation calls that uninitialized.
-    outside = dict(out_of_bounds_reads="uninitialized", uninitialized_memory="zero")
-    return plgpu.kernel(
-        body,
-        compiler_params=compiler_params(),
-        interpret=InterpretParams(**outside) if interpret else None,
-        **kwargs,
-    )
+    simulation = None
+    if interpret:
+        # What TMA reads outside an array is zero; the simulation calls that uninitialized.
+        simulation = InterpretParams(
+            out_of_bounds_reads="uninitialized", uninitialized_memory="zero"
+        )
+    return plgpu.kernel(body, compiler_params=compiler_params(), interpret=simulation, **kwargs)

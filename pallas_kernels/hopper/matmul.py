@@ -249,9 +249,8 @@ class _Kernel:
         """Keep the ring full; what the consumers still have to read must not be overwritten."""
         plgpu.set_max_registers(_REGISTERS_PRODUCER, action="decrease")
         grid = self.cluster_grid
-        multicast = dict(collective_axes="cluster")
-        a_copy = multicast if self.tiling.shared == "a" else {}
-        b_copy = multicast if self.tiling.shared == "b" else {}
+        a_axis = "cluster" if self.tiling.shared == "a" else None
+        b_axis = "cluster" if self.tiling.shared == "b" else None
 
         ring, empty = Ring(self.stages), refs["empty"]
 
@@ -270,15 +269,15 @@ class _Kernel:
                     return a.at[pl.ds(first_row + wave * self.wave_rows, self.wave_rows), ks]
 
                 load = plgpu.copy_gmem_to_smem
-                load(rows(0), refs["a_smem"].at[slot, 0], full, **a_copy)
-                load(b.at[columns, ks], refs["b_smem"].at[slot], full, **b_copy)
+                load(rows(0), refs["a_smem"].at[slot, 0], full, collective_axes=a_axis)
+                load(b.at[columns, ks], refs["b_smem"].at[slot], full, collective_axes=b_axis)
                 scale_rows = pl.ds(first_row, self.tile_rows)
                 load(a_scale.at[k, scale_rows], refs["a_scale_smem"].at[slot], full)
                 if self.b_in_tiles:
                     load(b_scale.at[k, columns], refs["b_scale_smem"].at[slot], full)
                 if self.tiling.waves == 2:
                     second = refs["full_second"].at[slot]
-                    load(rows(1), refs["a_smem"].at[slot, 1], second, **a_copy)
+                    load(rows(1), refs["a_smem"].at[slot, 1], second, collective_axes=a_axis)
                 return ring.advance(position)
 
             return lax.fori_loop(0, self.k_steps, step, carry)
