@@ -88,39 +88,47 @@ def _most_blocks(M: int, G: int, rows: int) -> int:
     return (M + G * (rows - 1)) // rows
 
 
+def _own_rows(first: jax.Array, end: jax.Array, rows: int, M: int) -> tuple[jax.Array, jax.Array]:
+    """Where to cut a block of whole size, and which of its rows are its own, ``[rows, 1]``.
+
+    The last block is cut earlier rather than past the end: padding would copy the array.
+    """
+    start = jnp.minimum(first, M - rows)
+    index = start + jnp.arange(rows)
+    return start, ((index >= first) & (index < end))[:, None]
+
+
 def _rows_times_group(x_MK, w_GKN, sizes_G, rows: int, *, contract_w: int) -> jax.Array:
     """Each row times its group's matrix (``contract_w=0``) or its transpose (``=1``)."""
     M, G = x_MK.shape[0], w_GKN.shape[0]
-    count, group, first, _ = _blocks(sizes_G, rows, _most_blocks(M, G, rows))
-    # A block may run past the end of the array, and past the end of its group: what it writes
-    # there belongs to the next group, whose first block comes later and writes over it.
-    x_padded = jnp.pad(x_MK, ((0, rows), (0, 0)))
-    out = jnp.zeros((M + rows, w_GKN.shape[2 - contract_w]), x_MK.dtype)
+    count, group, first, end = _blocks(sizes_G, rows, _most_blocks(M, G, rows))
+    out = jnp.zeros((M, w_GKN.shape[2 - contract_w]), x_MK.dtype)
 
     def body(i, out):
-        x = jax.lax.dynamic_slice_in_dim(x_padded, first[i], rows)
+        start, own = _own_rows(first[i], end[i], rows, M)
+        x = jax.lax.dynamic_slice_in_dim(x_MK, start, rows)
         w = jax.lax.dynamic_index_in_dim(w_GKN, group[i], keepdims=False)
         y = jax.lax.dot_general(
             x, w, (((1,), (contract_w,)), ((), ())), preferred_element_type=jnp.float32
         )
-        return jax.lax.dynamic_update_slice_in_dim(out, y.astype(out.dtype), first[i], axis=0)
+        y = jnp.where(own, y.astype(out.dtype), jax.lax.dynamic_slice_in_dim(out, start, rows))
+        return jax.lax.dynamic_update_slice_in_dim(out, y, start, axis=0)
 
-    return jax.lax.fori_loop(0, count, body, out)[:M]
+    return jax.lax.fori_loop(0, count, body, out)
 
 
 def _rows_times_rows(x_MK, dy_MN, sizes_G, rows: int) -> jax.Array:
     """The weight gradient: for every group, x^T dy over its rows, summed in float32."""
     M, G = x_MK.shape[0], sizes_G.shape[0]
     count, group, first, end = _blocks(sizes_G, rows, _most_blocks(M, G, rows))
-    x_padded = jnp.pad(x_MK, ((0, rows), (0, 0)))
-    dy_padded = jnp.pad(dy_MN, ((0, rows), (0, 0)))
 
     def body(i, dw):
-        x = jax.lax.dynamic_slice_in_dim(x_padded, first[i], rows)
-        dy = jax.lax.dynamic_slice_in_dim(dy_padded, first[i], rows)
-        own = (first[i] + jnp.arange(rows) < end[i])[:, None]
+        start, own = _own_rows(first[i], end[i], rows, M)
+        x, dy = (
+            jnp.where(own, jax.lax.dynamic_slice_in_dim(a, start, rows), 0) for a in (x_MK, dy_MN)
+        )
         part = jax.lax.dot_general(
-            jnp.where(own, x, 0), dy, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
+            x, dy, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
         )
         return dw.at[group[i]].add(part)
 

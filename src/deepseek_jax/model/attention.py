@@ -52,8 +52,18 @@ def attend(
         causal = (start + jnp.arange(size))[:, None] >= jnp.arange(T)[None, :]
         seen = causal & (segment[:, :, None] == segment_ids_BT[:, None, :])
         scores = jnp.einsum("btnh,bsnh->bnts", q, k_BTNH, preferred_element_type=jnp.float32)
-        probs = jax.nn.softmax(jnp.where(seen[:, None], scores * scale, -jnp.inf), axis=-1)
-        return jnp.einsum("bnts,bsno->btno", probs.astype(v_BTNO.dtype), v_BTNO)
+        scores = jnp.where(seen[:, None], scores * scale, -jnp.inf)
+        # Softmax's division comes after the product with v: O numbers a query and not S.
+        top = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
+        weights = jnp.exp(scores - top)
+        total_BTN1 = jnp.moveaxis(weights.sum(-1), 1, 2)[..., None]
+        out = jnp.einsum(
+            "bnts,bsno->btno",
+            weights.astype(v_BTNO.dtype),
+            v_BTNO,
+            preferred_element_type=jnp.float32,
+        )
+        return (out / total_BTN1).astype(v_BTNO.dtype)
 
     if T <= QUERY_CHUNK:
         return chunk(jnp.int32(0), T)

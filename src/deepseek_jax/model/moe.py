@@ -221,7 +221,7 @@ class MoE(ParamModule):
 
         choices_M = routing.experts_BTK.reshape(-1)
         order_M = jnp.argsort(choices_M, stable=True)
-        inverse_M = jnp.argsort(order_M)
+        inverse_M = jnp.zeros_like(order_M).at[order_M].set(jnp.arange(len(order_M)))
         group_sizes_E = jnp.bincount(choices_M, length=E).astype(jnp.int32)
 
         x_MD = dispatch(x_TD.astype(dtype), order_M, inverse_M)

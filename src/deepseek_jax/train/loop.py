@@ -29,11 +29,11 @@ class LoopConfig:
     batch_size: int = 16
     """Sequences per optimizer step, over all devices."""
     micro_batch: int | None = None
-    """Sequences at a time, over all devices; the gradient is accumulated. None: all at once."""
+    """Sequences at a time, gradients accumulated. None: at once."""
     first_batch_size: int | None = None
-    """Where the batch-size ramp begins (V3: 3072 of 15,360). None: no ramp."""
+    """Where the batch-size ramp begins (V3: 3072). None: no ramp."""
     ramp_fraction: float = 0.469 / 14.8
-    """Fraction of the run that the ramp takes (V3: 469B of 14.8T tokens)."""
+    """Share of the run that the ramp takes (V3: 469B of 14.8T)."""
     eval_every: int = 200
     """Steps between evaluations on the held-out split; 0: at the end alone."""
     eval_batches: int | None = 8
@@ -42,7 +42,7 @@ class LoopConfig:
     """Steps between checkpoints; the last step is always saved."""
     keep_last: int = 3
     keep_every: int | None = None
-    """Also keep for ever every checkpoint of a step that is a multiple of this."""
+    """Also keep for ever each step that is a multiple of this."""
     max_skips: int = 8
     """Steps skipped in a row (loss not finite, or a spike) after which the run stops."""
     init_seed: int = 0

@@ -64,10 +64,11 @@ def _chunk_loss(chunk: tuple[jax.Array, jax.Array, jax.Array], head_DV: jax.Arra
     """Weighted loss of a chunk, and d loss / d logits."""
     hidden_CD, targets_C, weights_C = chunk
     logits = jnp.dot(hidden_CD, head_DV, preferred_element_type=jnp.float32)
-    log_probs = jax.nn.log_softmax(logits, axis=-1)
-    picked = jnp.take_along_axis(log_probs, targets_C[:, None], axis=-1)[:, 0]
-    own = jax.nn.one_hot(targets_C, logits.shape[-1], dtype=jnp.float32)
-    return -(picked * weights_C).sum(), (jnp.exp(log_probs) - own) * weights_C[:, None]
+    total_C1 = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    picked_C1 = jnp.take_along_axis(logits, targets_C[:, None], axis=-1)
+    own = targets_C[:, None] == jnp.arange(logits.shape[-1])
+    dlogits = (jnp.exp(logits - total_C1) - own) * weights_C[:, None]
+    return ((total_C1 - picked_C1)[:, 0] * weights_C).sum(), dlogits
 
 
 def _split(rows, *arrays):

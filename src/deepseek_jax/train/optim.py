@@ -25,7 +25,7 @@ class OptimConfig:
     min_lr: float = 2.2e-5
     final_lr: float = 7.3e-6
     warmup_steps: int | None = None
-    """None: V3's 2000, or a twentieth of a run too short for them."""
+    """None: V3's 2000, or a twentieth of a shorter run."""
     constant_until: float = 10 / 14.8
     """Fraction of the run at which the cosine begins."""
     cosine_until: float = 14.3 / 14.8
@@ -39,7 +39,7 @@ class OptimConfig:
     """On matrices only: RMSNorm gains are not decayed."""
     clip_norm: float = 1.0
     ema_decay: float | None = None
-    """Keep an exponential moving average of the parameters (see ``ema_params``)."""
+    """Keep a moving average of the parameters (see ``ema_params``)."""
     mtp_weight: float = 0.3
     """Lambda of V3 Eq. 25 until ``constant_until``, ``mtp_weight_final`` after."""
     mtp_weight_final: float = 0.1

@@ -115,7 +115,14 @@ def pretrain(config: PretrainConfig) -> Result | None:
     mesh = sharding.make_mesh(config.mesh)
     rows = local_rows(config.loop.rows, mesh)
     lr = learning_rate(config.optim, config.loop.steps)
-    claim_run_directory(config.out, run_json(config), resume=config.resume, may_change=_MAY_CHANGE)
+    claim = functools.partial(
+        claim_run_directory,
+        config.out,
+        run_json(config),
+        resume=config.resume,
+        may_change=_MAY_CHANGE,
+    )
+    claim(dry_run=True)
     tokenizer = run_tokenizer(config)
     model = DeepSeekV3(config.model, config.precision, config.remat)
     tx = make_optimizer(config.optim, config.loop.steps)
@@ -142,6 +149,9 @@ def pretrain(config: PretrainConfig) -> Result | None:
         abstract = abstract_state(model, tx, mesh)
         restored = saver.restore_latest(abstract) if config.resume else None
         state = restored.state if restored else _fresh_state(config, model, tx, abstract)
+        claim()
+        if jax.process_index() == 0:
+            tokenizer.save(config.out / "tokenizer.json")
         _announce(config, mesh, restored.step if restored else 0)
         resumed = restored.step if restored else None
         with MetricsWriter(config.out, resumed_step=resumed) as writer:
@@ -177,8 +187,6 @@ def run_tokenizer(config: PretrainConfig) -> Tokenizer:
             f"the tokenizer has {tokenizer.vocab_size} tokens and the model a vocabulary of "
             f"{config.model.vocab_size}; raise vocab_size or use the model's own tokenizer."
         )
-    if jax.process_index() == 0:
-        tokenizer.save(stored)
     return tokenizer
 
 

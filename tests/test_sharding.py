@@ -1,0 +1,47 @@
+"""Meshes by name, and the table of axes."""
+
+import jax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from deepseek_jax import UserError, preset, sharding
+from deepseek_jax.model.transformer import DeepSeekV3, abstract_params, logical_axes
+
+
+def test_mesh_is_written_as_axis_sizes():
+    mesh = sharding.make_mesh("data=2,expert=4")
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 1, "expert": 4, "tensor": 1, "context": 1}
+    assert dict(sharding.make_mesh("fsdp=-1,tensor=2").shape)["fsdp"] == 4
+    assert sharding.batch_shards(mesh) == 8
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("data=3", "8"),
+        ("data=16", "8"),
+        ("rows=2", "rows"),
+        ("data=two", "data=two"),
+        ("data=0", "data=0"),
+        ("data=2,data=4", "twice"),
+        ("data=-1,fsdp=-1", "one axis"),
+        ("data=-1,tensor=3", "8"),
+    ],
+)
+def test_impossible_meshes_are_refused(text, named):
+    with pytest.raises(UserError, match=named):
+        sharding.make_mesh(text)
+
+
+def test_every_parameter_states_an_axis_for_each_dimension():
+    model = DeepSeekV3(preset("v3"))
+    axes, shapes = logical_axes(model), abstract_params(model)
+    is_axes = lambda x: isinstance(x, tuple)  # noqa: E731
+    for names, leaf in zip(
+        jax.tree.leaves(axes, is_leaf=is_axes), jax.tree.leaves(shapes), strict=True
+    ):
+        assert len(names) == leaf.ndim
+        assert all(name is None or name in sharding.RULES for name in names)
+    mesh = sharding.make_mesh("fsdp=2,expert=2,tensor=2")
+    where = sharding.param_shardings(mesh, axes)
+    assert where["moe_layers"]["moe"]["w1"].spec == P(None, "expert", "fsdp", "tensor")
