@@ -18,6 +18,7 @@ from deepseek_jax.convert import (
 )
 from deepseek_jax.convert.memory import insert, leaves
 from deepseek_jax.model.transformer import DeepSeekV3, abstract_params
+from deepseek_jax.types import UserError
 from tests.convert_folders import V2_LITE, V3, as_read, random_tensors, read_folder, write_folder
 
 CASES = {
@@ -199,6 +200,38 @@ def test_an_interrupted_conversion_continues(tmp_path, monkeypatch):
     assert read_folder(back) == as_read(tensors)
     assert not list(back.glob("*.part"))
     assert not list(run.glob("converting*"))
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_export_of_a_training_checkpoint(devices, tmp_path):
+    """What the trainer saves, in Orbax's own files, in one piece or sharded over devices."""
+    import optax
+
+    from deepseek_jax.checkpoint import Checkpointer, claim_run_directory
+    from deepseek_jax.sharding import make_mesh
+    from deepseek_jax.types import TrainState
+
+    config = V3.replace(vocab_size=304, hidden_size=136, n_routed_experts=8, n_group=4)
+    tensors = random_tensors(config, "F32")
+    mesh = make_mesh(f"fsdp={devices // 4 or 1},expert={min(devices, 4)}", jax.devices()[:devices])
+    _, params, bias = load_hf(write_folder(tmp_path / "hf", config, tensors), mesh=mesh)
+    claim_run_directory(tmp_path / "run", {"model": config.to_hf()}, resume=False)
+    state = TrainState(jnp.int32(7), params, optax.sgd(0.1).init(params), bias)
+    with Checkpointer(tmp_path / "run") as checkpointer:
+        checkpointer.save(7, state, data_state={}, rng=jax.random.key(0))
+    out = convert_to_hf(tmp_path / "run", tmp_path / "back", dtype="fp32", shard_size=ODD_SHARDS)
+    assert read_folder(out) == as_read(tensors)
+
+
+def test_a_damaged_chunk_is_noticed(tmp_path):
+    convert_to_orbax(write_folder(tmp_path / "hf", V3, random_tensors(V3)), tmp_path / "run")
+    chunk = tmp_path / "run/checkpoints/0/model/params.moe_layers.moe.w2/1.3.0.0"
+    data = bytearray(chunk.read_bytes())
+    data[100] ^= 1
+    chunk.write_bytes(data)
+    with pytest.raises(UserError, match=r"1\.3\.0\.0 is damaged"):
+        convert_to_hf(tmp_path / "run", tmp_path / "back")
+    assert not (tmp_path / "back" / "config.json").exists()
 
 
 @pytest.mark.parametrize("mesh", ["fsdp=2,expert=2,tensor=2", "expert=2,tensor=4", "data=8"])

@@ -279,6 +279,12 @@ BAD_HEADERS = {
     "overlap": file_of({"a": F32_2, "b": F32_2 | {"data_offsets": [4, 12]}}, b"\0" * 12),
     "left over": file_of({"a": F32_2}, b"\0" * 9),
     "truncated": file_of({"a": F32_2}, b"\0" * 7),
+    # Found by fuzzing beside the safetensors library, which refuses these too.
+    "length beyond 64 bits": file_of(
+        {"a": {"dtype": "F32", "shape": [2**64, 0], "data_offsets": [0, 0]}}, b""
+    ),
+    "half a surrogate pair in metadata": file_of(b'{"__metadata__": {"a": "\\ud800"}}', b""),
+    "half a surrogate pair": file_of(b'{"\\ud800": %s}' % json.dumps(F32_2).encode()),
     "metadata not strings": file_of({"__metadata__": {"n": 1}, "a": F32_2}),
 }
 

@@ -1,18 +1,27 @@
 """A run's newest checkpoint -> a Hugging Face folder, a chunk at a time."""
 
+import itertools
+import json
 import os
+import zlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import tensorstore as ts
 
 from deepseek_jax.checkpoint.files import local_path, newest_intact
 from deepseek_jax.checkpoint.run_directory import read_run
-from deepseek_jax.config import ModelConfig, Yarn
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.convert.fp8 import E4M3
 from deepseek_jax.convert.memory import insert, leaves, scale_path
 from deepseek_jax.convert.to_hf import SHARD_SIZE, ExportDtype, Options, export
 from deepseek_jax.types import Params, UserError
+
+_OCDBT = "manifest.ocdbt"  # there if Orbax has written the checkpoint
+_ZARR_DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float8_e4m3fn": ml_dtypes.float8_e4m3fn}
 
 
 def convert_to_hf(
@@ -47,10 +56,7 @@ def convert_to_hf(
     """
     run, out = local_path(ckpt_dir), local_path(out_dir)
     config = _model_config(run)
-    step, _ = newest_intact(run / "checkpoints", prefix="model/")
-    if step is None:
-        raise UserError(f"{run} holds no checkpoint yet; let its run save one first.")
-    model = run / "checkpoints" / str(step) / "model"
+    model = _newest_model(run / "checkpoints")
     export(
         out,
         config,
@@ -64,46 +70,123 @@ def convert_to_hf(
     return out
 
 
-class _OnDisk:
-    """An array of a checkpoint; slicing reads."""
+def _newest_model(steps: Path) -> Path:
+    """The newest checkpoint that is intact, as far as it pays to know before reading it."""
+    found = [int(path.name) for path in steps.glob("*") if path.name.isdecimal()]
+    if not found:
+        raise UserError(f"{steps.parent} holds no checkpoint yet; let its run save one first.")
+    model = steps / str(max(found)) / "model"
+    if (model / _OCDBT).exists():
+        step, _ = newest_intact(steps, prefix="model/")
+        return steps / str(step) / "model"
+    return model  # plain chunks, whose checksums are looked at as each is read
 
-    def __init__(self, store: Any):
-        self._store = store
-        self.shape, self.dtype = tuple(store.shape), np.dtype(store.dtype.numpy_dtype)
-        self.chunk = tuple(store.chunk_layout.read_chunk.shape)
+
+def _open_tree(model: Path, config: ModelConfig) -> Params:
+    tree: Params = {}
+    if (model / _OCDBT).exists():
+        open_array = partial(_OrbaxArray, model)
+    else:
+        open_array = partial(_PlainArray, model, _checksums(model.parent))
+    for leaf in leaves(config):
+        insert(tree, leaf.path, array := open_array(leaf.path))
+        if array.dtype == E4M3:
+            scales = open_array(scale_path(leaf.path))
+            insert(tree, scale_path(leaf.path), scales[...])
+    return tree
+
+
+class _OrbaxArray:
+    """An array as Orbax writes it; slicing reads."""
+
+    def __init__(self, model: Path, path: tuple[str, ...]):
+        name = ".".join(path)
+        kvstore = {"driver": "ocdbt", "base": f"file://{model}/", "path": f"{name}/"}
+        try:
+            self._store: Any = ts.open({"driver": "zarr", "kvstore": kvstore}, read=True).result()
+        except ValueError as error:
+            raise _no_array(model, name) from error
+        self.shape, self.dtype = tuple(self._store.shape), np.dtype(self._store.dtype.numpy_dtype)
+        layout: Any = self._store.chunk_layout
+        self.chunk = tuple(layout.read_chunk.shape)
 
     def __getitem__(self, index: Any) -> np.ndarray:
         return np.asarray(self._store[index].read().result())
 
 
-def _open_tree(model: Path, config: ModelConfig) -> Params:
-    tree: Params = {}
-    for leaf in leaves(config):
-        array = _open(model, leaf.path)
-        insert(tree, leaf.path, array)
-        if array.dtype.name == "float8_e4m3fn":
-            insert(tree, scale_path(leaf.path), _open(model, scale_path(leaf.path)))
-    return tree
+class _PlainArray:
+    """An array as ``convert_to_orbax`` writes it, one file per chunk; slicing reads.
+
+    Each file is read once and checked against its checksum then, not in a pass of its own.
+    """
+
+    def __init__(self, model: Path, checksums: dict[str, list[int]], path: tuple[str, ...]):
+        name = ".".join(path)
+        self._folder, self._checksums = model / name, checksums
+        try:
+            zarray = json.loads((self._folder / ".zarray").read_text())
+        except (OSError, ValueError) as error:
+            raise _no_array(model, name) from error
+        self.shape, self.chunk = tuple(zarray["shape"]), tuple(zarray["chunks"])
+        self.dtype = np.dtype(_ZARR_DTYPES.get(zarray["dtype"], zarray["dtype"]))
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        if index is Ellipsis:
+            index = tuple(slice(None) for _ in self.shape)
+        ranges = [range(*s.indices(n)) for s, n in zip(index, self.shape, strict=True)]
+        grid = [
+            range(r.start // c, -(-r.stop // c)) for r, c in zip(ranges, self.chunk, strict=True)
+        ]
+        if all(len(places) == 1 for places in grid):
+            return self._part(tuple(places[0] for places in grid), ranges)[1]
+        out = np.empty([len(r) for r in ranges], self.dtype)
+        for place in itertools.product(*grid):
+            where, x = self._part(place, ranges)
+            out[where] = x
+        return out
+
+    def _part(
+        self, place: tuple[int, ...], ranges: list[range]
+    ) -> tuple[tuple[slice, ...], np.ndarray]:
+        """What a chunk has of the ranges, and where in them that is."""
+        starts = [i * c for i, c in zip(place, self.chunk, strict=True)]
+        both = [
+            (max(s, r.start), min(s + c, r.stop))
+            for s, c, r in zip(starts, self.chunk, ranges, strict=True)
+        ]
+        inside = tuple(slice(a - s, b - s) for (a, b), s in zip(both, starts, strict=True))
+        where = tuple(
+            slice(a - r.start, b - r.start) for (a, b), r in zip(both, ranges, strict=True)
+        )
+        return where, self._read(".".join(map(str, place)))[inside]
+
+    def _read(self, file: str) -> np.ndarray:
+        path = self._folder / file
+        try:
+            data: Any = np.fromfile(path, np.uint8)
+        except OSError:
+            data = np.empty(0, np.uint8)
+        expected = self._checksums.get(f"model/{self._folder.name}/{file}")
+        if [data.size, zlib.crc32(data.data)] != expected:
+            raise UserError(f"{path} is damaged or missing; convert the original again.")
+        return data.view(self.dtype).reshape(self.chunk)
 
 
-def _open(model: Path, path: tuple[str, ...]) -> _OnDisk:
-    name, base = ".".join(path), f"file://{model}/"
-    kvstore: Any = f"{base}{name}/"
-    if (model / "manifest.ocdbt").exists():  # as Orbax writes; convert_to_orbax writes plain files
-        kvstore = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
+def _checksums(step: Path) -> dict[str, list[int]]:
+    """Size and CRC-32 of every file, as ``checkpoint`` writes them."""
     try:
-        return _OnDisk(ts.open({"driver": "zarr", "kvstore": kvstore}, read=True).result())
-    except ValueError as error:
-        raise UserError(
-            f"{model} holds no array {name}, so it is not of the model in run.json."
-        ) from error
+        return json.loads((step / "checksums.json").read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{step}/checksums.json is missing or unreadable.") from error
+
+
+def _no_array(model: Path, name: str) -> UserError:
+    return UserError(f"{model} holds no array {name}, so it is not of the model in run.json.")
 
 
 def _model_config(run: Path) -> ModelConfig:
-    """The model of a run: ``config.model`` in ``run.json``, as ``dataclasses.asdict`` has it."""
+    """The model of a run: ``config.model`` in ``run.json``, a ``config.json`` of Hugging Face's."""
     try:
-        fields = dict(read_run(run)["model"])
-        yarn = fields.pop("rope_scaling", None)
-        return ModelConfig(**fields, rope_scaling=None if yarn is None else Yarn(**yarn))
-    except (KeyError, TypeError) as error:
+        return ModelConfig.from_hf(dict(read_run(run)["model"]))
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{run}/run.json does not say what the model is ({error!r}).") from error

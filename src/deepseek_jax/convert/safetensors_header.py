@@ -91,6 +91,7 @@ def _exactly(file: Any, count: int, available: int) -> bytes:
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
+        key.encode()  # fails on half a surrogate pair, which JSON can spell but no text has
         if key in found:
             raise ValueError(f"its header has {key[:200]!r} twice")
         found[key] = value
@@ -105,8 +106,9 @@ def _tensors(path: Path, header: Any, first: int, size: int) -> dict[str, Tensor
     if not isinstance(header, dict):
         raise ValueError("its header is not a JSON object")
     metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+    if not isinstance(metadata, dict) or not all(isinstance(x, str) for x in metadata.values()):
         raise ValueError("its __metadata__ is not a table of strings")
+    "".join(metadata.values()).encode()
     tensors, spans = {}, []
     for name, info in header.items():
         tensors[name], span = _tensor(path, name, info, first)
@@ -140,7 +142,7 @@ def _tensor(path: Path, name: str, info: Any, first: int) -> tuple[TensorInfo, t
 
 
 def _naturals(values: Any) -> bool:
-    return isinstance(values, list) and all(type(x) is int and x >= 0 for x in values)
+    return isinstance(values, list) and all(type(x) is int and 0 <= x < 2**63 for x in values)
 
 
 def make_header(tensors: dict[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, dict[str, int]]:

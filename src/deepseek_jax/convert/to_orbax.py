@@ -12,7 +12,6 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -80,7 +79,9 @@ def convert_to_orbax(
         _check_copies(folder)
         write_checksums(out / _WORK)
         copy_sidecars(folder.path, out)
-        write_json(out / "run.json", {"config": {"model": asdict(folder.config)}})
+        write_json(
+            out / "run.json", {"config": {"stage": "convert", "model": folder.config.to_hf()}}
+        )
         (out / "checkpoints").mkdir(exist_ok=True)
         os.replace(out / _WORK, out / "checkpoints" / "0")
         marker.unlink()

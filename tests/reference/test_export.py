@@ -1,0 +1,125 @@
+"""transformers opens what we export, as it is, and computes the same."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from deepseek_jax import DeepSeekV3, forward  # noqa: E402
+from deepseek_jax.config import FLOAT32, preset  # noqa: E402
+from deepseek_jax.convert import export_hf  # noqa: E402
+from deepseek_jax.model.transformer import abstract_params  # noqa: E402
+from tests.reference.test_logits import CONFIGS  # noqa: E402
+from tests.reference.torch_models import QUICK_COMPILE  # noqa: E402
+
+
+def random_params(config, seed=0):
+    random = np.random.default_rng(seed)
+
+    def draw(x):
+        scale = 1 / x.shape[-2] ** 0.5 if x.ndim > 1 else 0.2
+        return jnp.asarray((x.ndim == 1) + scale * random.standard_normal(x.shape), x.dtype)
+
+    params = jax.tree.map(draw, abstract_params(DeepSeekV3(config)))
+    bias = random.standard_normal((config.num_routers, config.n_routed_experts))
+    v3 = config.topk_method == "noaux_tc"
+    return params, jnp.asarray(bias * v3, jnp.float32)
+
+
+def opened(folder):
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+    ).eval()
+
+
+@pytest.mark.parametrize("name", ["v3_yarn", "v3_mtp", "v2_lite"])
+def test_transformers_computes_the_same_from_our_export(name, tmp_path):
+    config = CONFIGS["v3"].replace(num_nextn_predict_layers=1)
+    config = config if name == "v3_mtp" else CONFIGS[name]
+    params, bias = random_params(config)
+    export_hf(tmp_path, config, params, bias, dtype="fp32", shard_size=100_000)
+    model = opened(tmp_path)
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, 20))
+    ours = jax.jit(forward, static_argnums=0, compiler_options=QUICK_COMPILE)(
+        config, params, bias, tokens
+    )
+    with torch.no_grad():
+        theirs = model(torch.from_numpy(tokens)).logits.numpy()
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4 * theirs.std())
+
+
+def test_mtp_equals_transformers_module(tmp_path):
+    """Its ``MtpModel`` finds the module at layer 61 only, hence as many layers here."""
+    from transformers.modeling_layers import MtpModel
+
+    config = CONFIGS["v3"].replace(
+        num_hidden_layers=61, first_k_dense_replace=60, num_nextn_predict_layers=1, hidden_size=24
+    )
+    params, bias = random_params(config)
+    export_hf(tmp_path, config, params, bias, dtype="fp32")
+    main = opened(tmp_path)
+    mtp = MtpModel.from_pretrained(main).eval()
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, 20))
+    theirs_in = []
+    main.model.norm.register_forward_pre_hook(lambda _, args: theirs_in.append(args[0]))
+    with torch.no_grad():
+        main(torch.from_numpy(tokens))
+        hidden = mtp.forward_layer(
+            0,
+            theirs_in[0][:, :-1],
+            torch.arange(1, 20)[None],
+            None,
+            input_ids=torch.from_numpy(tokens[:, 1:]),
+        )
+        theirs = mtp.shared_head(hidden).numpy()
+    model = DeepSeekV3(config, FLOAT32)
+
+    def mtp_logits(params, tokens):
+        return model.apply({"params": params}, tokens, bias).mtp_logits
+
+    (ours,) = jax.jit(mtp_logits, compiler_options=QUICK_COMPILE)(params, tokens)
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4 * theirs.std())
+
+
+@pytest.mark.slow
+def test_greedy_text_of_a_trained_model_is_the_same(tmp_path):
+    """The demo's model after a few steps: our ``generate`` and transformers', token by token."""
+    from deepseek_jax.checkpoint import load_params
+    from deepseek_jax.convert import convert_to_hf
+    from deepseek_jax.data.pipeline import DataConfig
+    from deepseek_jax.generate import generate
+    from deepseek_jax.train.loop import LoopConfig
+    from deepseek_jax.train.optim import OptimConfig
+    from deepseek_jax.train.pretrain import PretrainConfig, pretrain
+
+    pretrain(
+        PretrainConfig(
+            out=tmp_path / "run",
+            precision=FLOAT32,
+            data=DataConfig(source=("stdlib",), seq_len=128),
+            loop=LoopConfig(steps=60, batch_size=8, eval_batches=2),
+            optim=OptimConfig(peak_lr=3e-3),
+        )
+    )
+    convert_to_hf(tmp_path / "run", tmp_path / "hf", dtype="fp32")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    model = opened(tmp_path / "hf")
+    prompt = tokenizer("def __init__(self, ", return_tensors="pt").input_ids
+    with torch.no_grad():
+        theirs = model.generate(prompt, do_sample=False, max_new_tokens=60, eos_token_id=None)
+    params, bias, _ = load_params(tmp_path / "run")
+    ours = generate(
+        DeepSeekV3(preset("tiny"), FLOAT32),
+        params,
+        bias,
+        jnp.asarray(prompt.numpy(), jnp.int32),
+        jax.random.key(0),
+        max_new_tokens=60,
+        temperature=0.0,
+    )
+    ours_text = tokenizer.decode(np.asarray(ours[0]))
+    assert ours_text == tokenizer.decode(theirs[0, prompt.shape[1] :])
+    print(ours_text)
