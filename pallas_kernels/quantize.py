@@ -1,17 +1,20 @@
 """Online quantization to E4M3: 1x128 tiles for activations, 128x128 blocks for weights.
 
 The definitions (scales, saturation, what becomes of zeros, infinities and NaN) are those of
-`pallas_kernels.reference`; XLA fuses each function here into one or two passes over its input.
+`pallas_kernels.reference`. Where no kernel is written, XLA fuses them into a few passes over the
+input.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 from jaxtyping import Array, Float
 
 from pallas_kernels import reference
 from pallas_kernels.reference import Quantized
+
+Impl = Literal["auto", "hopper", "reference"]
 
 __all__ = [
     "BothWays",
@@ -35,9 +38,9 @@ class BothWays(NamedTuple):
     by_column: Quantized
 
 
-@functools.partial(jax.jit, static_argnames=("axis", "power_of_two"))
+@functools.partial(jax.jit, static_argnames=("axis", "power_of_two", "impl"))
 def quantize_tiles(
-    x: Float[Array, "A B"], *, axis: int = -1, power_of_two: bool = False
+    x: Float[Array, "A B"], *, axis: int = -1, power_of_two: bool = False, impl: Impl = "auto"
 ) -> Quantized:
     """Quantize a matrix in 1x128 tiles along the axis that will be contracted.
 
@@ -46,11 +49,30 @@ def quantize_tiles(
         axis: The contracted axis. It comes last in ``values``: with ``axis=0`` they are transposed.
         power_of_two: Round scales up to powers of two (UE8M0 can hold them), which makes
             requantizing along the other axis exact in the scale.
+        impl: ``hopper`` is one pass over the input, along the last axis, for whole tiles and rows
+            by the 64; ``auto`` takes it where it can run.
 
     Returns:
         ``values`` in E4M3, and ``scale`` with one row per 128 of the contracted axis.
     """
-    return reference.quantize_tiles(x, axis=axis, power_of_two=power_of_two)
+    if impl == "auto":
+        fits = axis % 2 == 1 and x.shape[0] % 64 == 0 and x.shape[1] % reference.TILE == 0
+        impl = "hopper" if fits and _on_hopper() else "reference"
+    if impl == "reference":
+        return reference.quantize_tiles(x, axis=axis, power_of_two=power_of_two)
+    if impl != "hopper" or axis % 2 == 0:
+        raise ValueError(f"no implementation {impl!r} along axis {axis}")
+    from pallas_kernels.hopper import quantize as hopper_quantize
+
+    return hopper_quantize.quantize_tiles(x, power_of_two=power_of_two)
+
+
+def _on_hopper() -> bool:
+    if jax.default_backend() != "gpu":
+        return False
+    from pallas_kernels.hopper import compat
+
+    return compat.is_hopper()
 
 
 @functools.partial(jax.jit, static_argnames="power_of_two")

@@ -55,7 +55,8 @@ def scales_of(amax: Float[Array, "..."], *, power_of_two: bool = False) -> Float
     # Adding all mantissa bits carries into the exponent unless the mantissa was already zero.
     bits = jax.lax.bitcast_convert_type(scale, jnp.uint32)
     bits = (bits + jnp.uint32(0x007FFFFF)) & jnp.uint32(0x7F800000)
-    return jnp.where(jnp.isfinite(scale), jax.lax.bitcast_convert_type(bits, jnp.float32), scale)
+    # A comparison, not isfinite: kernels use this function too, and have no isfinite.
+    return jnp.where(scale < jnp.inf, jax.lax.bitcast_convert_type(bits, jnp.float32), scale)
 
 
 def to_e4m3(x: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -42,3 +42,10 @@ def kernel(body, *, interpret: bool, **kwargs):
             out_of_bounds_reads="uninitialized", uninitialized_memory="zero"
         )
     return plgpu.kernel(body, compiler_params=compiler_params(), interpret=simulation, **kwargs)
+
+
+def load(ref, layout):
+    """Load from global memory into registers, spread over the threads as ``layout`` says."""
+    if jax.__version_info__ < (0, 11):
+        return plgpu.load(ref, (), layout=layout, optimized=False)
+    return plgpu.load(ref, layout=layout, optimized=False)  # pyrefly: ignore[missing-argument]

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from pallas_kernels import quantize, reference
+from pallas_kernels.hopper import quantize as hopper
 
 E4M3_STEP = 2.0**-4  # half of the spacing of E4M3 relative to a normal number
 SMALLEST_NORMAL = 2.0**-126
@@ -99,6 +100,47 @@ def test_any_finite_tile_stays_finite_and_saturates(x, power_of_two):
     flushed = np.abs(x) < SMALLEST_NORMAL
     want = scaled.astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
     np.testing.assert_array_equal(values[~flushed], want[~flushed])
+
+
+needs_simulation = pytest.mark.skipif(
+    tuple(int(part) for part in jax.__version__.split(".")[:2]) < (0, 11),
+    reason="before 0.11, Pallas simulates too little",
+)
+
+
+@pytest.mark.parametrize(
+    "interpret",
+    [
+        pytest.param(True, id="simulated", marks=needs_simulation),
+        pytest.param(False, id="device", marks=pytest.mark.gpu),
+    ],
+)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_hopper_equals_reference(dtype, power_of_two, interpret):
+    x = random_matrix(128, 384).at[3, 5].set(jnp.inf).at[9, 200].set(jnp.nan).at[70].set(0)
+    x = x.astype(dtype)
+    got = hopper.quantize_tiles(x, power_of_two=power_of_two, interpret=interpret)
+    want = quantize.quantize_tiles(x, power_of_two=power_of_two, impl="reference")
+    # A GPU divides to two units in the last place, which may tip a tie in rounding to E4M3.
+    np.testing.assert_allclose(got.scale, want.scale, rtol=0 if interpret else 2.0**-22)
+    got, want = (np.asarray(q.values, np.float32) for q in (got, want))
+    np.testing.assert_allclose(got, want, rtol=0 if interpret else 2.0**-3)
+    assert np.mean((got != want) & ~np.isnan(want)) < 1e-3
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_hopper_lowers_without_a_device(power_of_two):
+    x = jax.ShapeDtypeStruct((4096, 7168), jnp.bfloat16)
+    traced = jax.jit(lambda x: hopper.quantize_tiles(x, power_of_two=power_of_two)).trace(x)
+    assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_explicit_impl_never_falls_back():
+    with pytest.raises(ValueError, match="along axis 0"):
+        quantize.quantize_tiles(random_matrix(128, 128), axis=0, impl="hopper")
+    with pytest.raises(ValueError, match="multiple of 64"):
+        quantize.quantize_tiles(random_matrix(100, 128), impl="hopper")
 
 
 def test_both_ways_agrees_with_each():
