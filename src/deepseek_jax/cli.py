@@ -85,7 +85,7 @@ def _bad_input_is_a_sentence() -> Iterator[None]:
 
 
 def _fail(message: str) -> int:
-    print(f"deepseek-jax: {message}", file=sys.stderr)
+    print(f"deepseek-jax: {message.rstrip('.')}.", file=sys.stderr)
     return 2
 
 

@@ -42,10 +42,11 @@ else:
 Params = dict[str, Any]
 
 
-class UserError(ValueError):
+class UserError(Exception):
     """Bad input from outside (data, config, checkpoint, mesh): one sentence, with the remedy.
 
-    The command line prints the message alone and exits with status 2.
+    The command line prints the message alone and exits with status 2. Not a ``ValueError``:
+    libraries that call back into ours (tyro building a dataclass) would dress it up as theirs.
     """
 
 

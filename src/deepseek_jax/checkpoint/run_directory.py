@@ -18,6 +18,7 @@ def claim_run_directory(
     *,
     resume: bool,
     may_change: Collection[str] = (),
+    dry_run: bool = False,
 ) -> None:
     """Makes ``path`` the directory of this run: creates it and writes ``run.json``.
 
@@ -27,6 +28,8 @@ def claim_run_directory(
         resume: continue the run that is there, instead of starting one.
         may_change: dotted names (``"train.total_steps"``) of fields, or of groups of fields,
             that may differ on resume; the new values are stored.
+        dry_run: only raise what there is to raise. A run whose other input may still turn out
+            bad claims the directory when it is about to begin: a mistake leaves no run behind.
 
     Raises:
         UserError: a fresh run into the directory of another; a resume where there is no run,
@@ -36,7 +39,10 @@ def claim_run_directory(
 
     def claim() -> bytes:
         try:
-            _claim(directory, json.loads(json.dumps(config_json)), resume, may_change)
+            config = json.loads(json.dumps(config_json))
+            _check(directory, config, resume, may_change)
+            if not dry_run:
+                _write(directory, config)
         except UserError as error:
             return str(error).encode()
         return b""
@@ -47,7 +53,7 @@ def claim_run_directory(
         raise UserError(message.decode())
 
 
-def _claim(directory: Path, config: dict, resume: bool, may_change: Collection[str]) -> None:
+def _check(directory: Path, config: dict, resume: bool, may_change: Collection[str]) -> None:
     taken = (directory / "run.json").exists() or any((directory / "checkpoints").glob("*"))
     if taken and not resume:
         raise UserError(
@@ -65,6 +71,9 @@ def _claim(directory: Path, config: dict, resume: bool, may_change: Collection[s
                     f"{directory} was started with {name} = {old!r}, this resume asks for "
                     f"{new!r}; resume with the stored value, or choose another output directory."
                 )
+
+
+def _write(directory: Path, config: dict) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         write_json(directory / "run.json", {"config": config})

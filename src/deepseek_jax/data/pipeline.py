@@ -30,22 +30,21 @@ class DataConfig:
     """What to train on, and how it becomes rows of tokens.
 
     Attributes:
-        source: Documents: "stdlib" (the Python standard library's source), files,
-            directories or globs of text, .jsonl, .parquet or .array_record.
-        text_field: Field (JSONL) or column (Parquet) that holds a document's text.
-        separator: Where documents end within a plain file; without it a file is a document.
-        tokenizer: A Hugging Face tokenizer.json; none trains byte-level BPE on the corpus.
+        source: "stdlib" (Python's own source), or files, directories, globs of text, .jsonl,
+            .parquet, .array_record.
+        text_field: JSONL field or Parquet column that holds the text.
+        separator: Ends a document of a plain file; none: a file is a document.
+        tokenizer: A Hugging Face tokenizer.json; none trains BPE on the corpus.
         tokenizer_vocab_size: Vocabulary of the tokenizer trained when none is given.
         seq_len: Tokens in a row (T).
-        add_bos: Begin each document with the begin-of-sentence token, if there is one.
-        fim_rate: Share of documents rearranged for Fill-in-Middle (prefix, suffix, middle).
-        mask_documents: Keep the documents of a row from attending to each other; the paper
-            does not.
+        add_bos: Begin documents with the begin-of-sentence token, if any.
+        fim_rate: Share of documents rearranged for Fill-in-Middle.
+        mask_documents: Documents of a row do not attend to each other (V3: do).
         held_out_fraction: Share of documents kept for evaluation, chosen by content.
         held_out_source: Documents to evaluate on instead of a share of the source.
         shuffle: Visit the documents in a new random order each epoch.
-        seed: Of the order and of Fill-in-Middle; the split does not depend on it.
-        num_workers: Processes that prepare data beside the trainer; 0 uses the trainer's own.
+        seed: Of the order and of Fill-in-Middle, not of the split.
+        num_workers: Processes that prepare data; 0: the trainer does it itself.
     """
 
     source: tuple[str, ...] = ("stdlib",)

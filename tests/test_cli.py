@@ -1,0 +1,265 @@
+"""The command line: --help, and bad input that ends with one sentence and status 2."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from deepseek_jax import sharding
+from deepseek_jax.checkpoint import Checkpointer, claim_run_directory
+from deepseek_jax.cli import main
+from deepseek_jax.data.tokenizer import train_bpe
+from deepseek_jax.model.transformer import DeepSeekV3
+from deepseek_jax.train.loop import LoopConfig
+from deepseek_jax.train.optim import OptimConfig, make_optimizer
+from deepseek_jax.train.pretrain import run_json
+from deepseek_jax.train.step import abstract_state
+from tests.train import runs
+
+
+class Folder(NamedTuple):
+    """Good input, for a test to spoil."""
+
+    root: Path
+    source: Path
+    model: Path
+    out: Path
+
+
+@pytest.fixture
+def folder(tmp_path) -> Folder:
+    source = runs.write_corpus(tmp_path / "text", documents=20)
+    return Folder(tmp_path, source, runs.write_config(tmp_path / "config.json"), tmp_path / "out")
+
+
+def refusal(folder: Folder, capsys, *extra: str, source: Path | None = None) -> str:
+    """The sentence with which the run is refused."""
+    words = runs.options(folder.out, source or folder.source, folder.model)
+    with pytest.raises(SystemExit) as end:
+        main(["pretrain", *words, *extra])
+    stdout, stderr = capsys.readouterr()
+    assert end.value.code == 2
+    assert not stdout
+    assert stderr.startswith("deepseek-jax: ")
+    assert stderr.endswith(".\n")
+    assert stderr.count("\n") == 1
+    assert "Traceback" not in stderr
+    return stderr.removeprefix("deepseek-jax: ")
+
+
+def assert_nothing_left(folder: Folder) -> None:
+    """No file, so that the same command goes on once the mistake is mended."""
+    assert not [path for path in folder.out.rglob("*") if path.is_file()]
+
+
+# --- documents --------------------------------------------------------------------------------
+
+
+def test_a_file_that_is_not_utf8(folder, capsys):
+    (folder.source / "7.txt").write_bytes("naïve".encode("latin-1"))
+    message = refusal(folder, capsys)
+    assert "7.txt is not UTF-8 at byte 2: convert it to UTF-8 or leave it out" in message
+    assert_nothing_left(folder)
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ('{"text": "cut o', "is not JSON"),
+        ('{"body": "x"}', 'has no text under "text": set `text_field`'),
+        ('{"text": 3}', 'has no text under "text"'),
+    ],
+)
+def test_a_malformed_line_is_named_by_its_number(folder, capsys, line, complaint):
+    source = folder.root / "corpus.jsonl"
+    good = [json.dumps({"text": f"line {i}"}) for i in range(5)]
+    source.write_text("\n".join([*good[:3], line, *good[3:]]))
+    message = refusal(folder, capsys, source=source)
+    assert "corpus.jsonl, line 4 " in message
+    assert complaint in message
+    assert_nothing_left(folder)
+
+
+def test_an_empty_corpus(folder, capsys):
+    (folder.root / "void.txt").touch()
+    message = refusal(folder, capsys, source=folder.root / "void.txt")
+    assert "the corpus is empty: no text in " in message
+    assert "name another source" in message
+    assert_nothing_left(folder)
+
+
+def test_a_path_that_is_not_there_and_a_second_try(folder, capsys):
+    message = refusal(folder, capsys, source=folder.root / "nowhere")
+    assert "no such file or directory: " in message
+    assert "nowhere" in message
+    assert_nothing_left(folder)
+    # Mended, but with another mistake: the first try has not left a run behind.
+    assert "already holds a run" not in refusal(folder, capsys, "--mesh", "data=3")
+
+
+def test_a_corpus_of_one_document(folder, capsys):
+    message = refusal(folder, capsys, source=folder.source / "0.txt")
+    assert "use more documents" in message
+    assert_nothing_left(folder)
+
+
+# --- vocabulary and model ---------------------------------------------------------------------
+
+
+def old_run(folder: Folder, **changes: int) -> Path:
+    """A run of one saved step, as ``pretrain`` would leave it."""
+    directory = folder.root / "old"
+    model = runs.MODEL.replace(**changes)
+    loop = LoopConfig(steps=24, batch_size=8, save_every=4, eval_every=10)
+    config = runs.config(directory, folder.source, loop=loop, model=model)
+    claim_run_directory(directory, run_json(config), resume=False)
+    texts = (path.read_text() for path in sorted(folder.source.iterdir()))
+    train_bpe(texts, model.vocab_size).save(directory / "tokenizer.json")
+    tx = make_optimizer(OptimConfig(), 24)
+    abstract = abstract_state(DeepSeekV3(model, config.precision), tx, sharding.make_mesh())
+    state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract)
+    with Checkpointer(directory) as checkpointer:
+        checkpointer.save(4, state, data_state={}, rng=jax.random.key(0))
+    return directory
+
+
+def test_init_from_a_run_with_another_vocabulary(folder, capsys):
+    old = old_run(folder)
+    larger = runs.write_config(folder.model, vocab_size=280)
+    message = refusal(folder, capsys, "--init", str(old), "--model", str(larger))
+    assert "does not fit this configuration" in message
+    assert "[266, 32] in the checkpoint and [280, 32] here" in message
+    assert_nothing_left(folder)
+
+
+def test_init_with_more_tokens_than_the_model_has(folder, capsys):
+    old = old_run(folder, vocab_size=280)
+    message = refusal(folder, capsys, "--init", str(old))
+    assert "the tokenizer has 280 tokens and the model a vocabulary of 266" in message
+    assert "raise vocab_size" in message
+    assert_nothing_left(folder)
+
+
+def test_init_from_where_there_is_no_run(folder, capsys):
+    message = refusal(folder, capsys, "--init", str(folder.root))
+    assert f"no tokenizer at {folder.root}" in message
+    assert_nothing_left(folder)
+
+
+def test_resume_with_another_model(folder, capsys):
+    old = old_run(folder)
+    before = {path: path.read_bytes() for path in old.rglob("*") if path.is_file()}
+    runs.write_config(folder.model, vocab_size=280)
+    message = refusal(folder._replace(out=old), capsys, "--resume")
+    assert "was started with model.vocab_size = 266, this resume asks for 280" in message
+    assert before == {path: path.read_bytes() for path in old.rglob("*") if path.is_file()}
+
+
+def test_a_tokenizer_larger_than_the_vocabulary(folder, capsys):
+    tokenizer = folder.root / "tokenizer.json"
+    texts = (path.read_text() for path in sorted(folder.source.iterdir()))
+    train_bpe(texts, 300).save(tokenizer)
+    message = refusal(folder, capsys, "--tokenizer", str(tokenizer))
+    assert "the tokenizer has 300 tokens and the model a vocabulary of 266" in message
+    assert_nothing_left(folder)
+
+
+def test_a_vocabulary_too_small_for_bytes(folder, capsys):
+    runs.write_config(folder.model, vocab_size=200)
+    message = refusal(folder, capsys)
+    assert "a vocabulary of 200 is too small" in message
+    assert_nothing_left(folder)
+
+
+# --- configuration ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"n_group": 3, "topk_group": 1}, "n_group=3 must divide n_routed_experts=8"),
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok=9 exceeds n_routed_experts=8"),
+        ({"qk_rope_head_dim": 3}, "qk_rope_head_dim=3 must be even"),
+        ({"model_type": "llama"}, "model_type='llama' is not of this family"),
+        ({"hidden_act": "gelu"}, "config.json says hidden_act='gelu'; only 'silu' is supported"),
+    ],
+)
+def test_a_contradictory_config_json(folder, capsys, changes, complaint):
+    runs.write_config(folder.model, **changes)
+    assert complaint in refusal(folder, capsys)
+    assert_nothing_left(folder)
+
+
+def test_a_config_json_that_is_none(folder, capsys):
+    folder.model.write_text("{")
+    assert "config.json could not be read as a config.json" in refusal(folder, capsys)
+    assert_nothing_left(folder)
+
+
+@pytest.mark.parametrize(
+    ("extra", "complaint"),
+    [
+        ("--model v4", "no preset 'v4'; choose from tiny, small, "),
+        ("--mesh pod=2", "unknown mesh axis 'pod'; the axes are data, fsdp, expert, tensor"),
+        ("--mesh data=3", "'data=3' asks for 3 devices, but there are 8; change a size"),
+        ("--mesh data=two", "mesh axis 'data=two' needs a whole number, as in data=2"),
+        ("--micro-batch 3", "batch_size=8 must be a multiple of micro_batch=3"),
+        ("--batch-size 12", "12 sequences cannot be divided over 8 batch shards"),
+        ("--first-batch-size 16 --micro-batch 8", "the ramp goes up: first_batch_size=16 exceeds"),
+        ("--warmup-steps 20", "warmup_steps=20 runs past step 16, where the cosine begins"),
+        ("--constant-until 0.99", "the schedule needs 0 <= constant_until <= cosine_until"),
+        ("--steps 0", "steps, save_every, keep_last and max_skips must be at least 1"),
+        ("--held-out-fraction 1", "`held_out_fraction` is a share between 0 and 1"),
+        ("--resume", "holds no run (no run.json); check the path, or start without --resume"),
+    ],
+)
+def test_options_that_cannot_be(folder, capsys, extra, complaint):
+    assert complaint in refusal(folder, capsys, *extra.split())
+    assert_nothing_left(folder)
+
+
+# --- output directory -------------------------------------------------------------------------
+
+
+def test_a_directory_that_holds_another_run(folder, capsys):
+    old = old_run(folder)
+    before = {path: path.read_bytes() for path in old.rglob("*") if path.is_file()}
+    message = refusal(folder._replace(out=old), capsys)
+    assert "already holds a run; continue it with --resume, or choose another" in message
+    assert before == {path: path.read_bytes() for path in old.rglob("*") if path.is_file()}
+
+
+def test_an_output_directory_that_cannot_be_made(folder, capsys):
+    (folder.root / "file").touch()
+    message = refusal(folder._replace(out=folder.root / "file" / "out"), capsys)
+    assert "choose another output directory" in message
+
+
+# --- a real process ---------------------------------------------------------------------------
+
+
+def test_a_process_says_one_sentence_and_exits_2(folder):
+    (folder.source / "7.txt").write_bytes(b"\xff")
+    process = runs.start(*runs.options(folder.out, folder.source, folder.model))
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert not stdout
+    assert stderr.startswith("deepseek-jax: ")
+    assert stderr.count("\n") == 1
+    assert_nothing_left(folder)
+
+
+def test_help_fits_on_two_screens():
+    process = runs.start("--help")
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert not stderr
+    lines = stdout.splitlines()
+    assert len(lines) <= 125
+    assert max(map(len, lines)) <= 100
+    assert "dummy" not in stdout  # tyro's inner names
+    for option in ("--source", "--model", "--mesh", "--resume", "--steps", "--peak-lr"):
+        assert option in stdout
