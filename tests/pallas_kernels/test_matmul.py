@@ -210,7 +210,7 @@ def test_hopper_lowers_without_a_device(m, n, k, b_in_tiles):
     assert "mosaic_gpu" in lowered.as_text()
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(
     st.integers(1, 300),
     st.integers(1, 300),
