@@ -58,7 +58,7 @@ def make_train_step(
 
     def step(state: TrainState, batch: Batch, max_loss: Any) -> tuple[TrainState, Metrics]:
         grads, parts = gradients(state, batch)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         loss = parts.metrics["loss"]
         good = jnp.isfinite(loss) & jnp.isfinite(norm) & (loss <= max_loss)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
