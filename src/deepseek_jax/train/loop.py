@@ -149,23 +149,25 @@ def fit(
             good checkpoint is intact either way.
     """
     monitor = LossMonitor(max_consecutive=config.max_skips)
-    first, load, tokens = 0, None, 0
+    first, tokens = 0, 0
+    first_load = last_load = None
     key = jax.random.key(config.init_seed)
     if restored is not None:
         first, key = restored.step, restored.rng
         task.batches.set_state(restored.data_state)
         monitor.load(restored.extra["monitor"])
-        load, tokens = np.asarray(restored.extra["first_load"]), restored.extra["tokens"]
+        first_load, last_load = (np.asarray(restored.extra[k]) for k in ("first_load", "last_load"))
+        tokens = restored.extra["tokens"]
     # Waiting for each step's loss before the next is started keeps the spike threshold, and so
     # the run, the same whether or not it was interrupted; the next batch is made meanwhile.
     train_step = jit_step(task.step, state)
-    last_load = load
     saved = first
 
     def save(step: int) -> None:
         extra = {
             "monitor": monitor.state(),
-            "first_load": [] if load is None else load.tolist(),
+            "first_load": np.asarray(first_load).tolist(),
+            "last_load": np.asarray(last_load).tolist(),
             "tokens": tokens,
         }
         checkpointer.save(step, state, data_state=data_state, rng=key, extra=extra)
@@ -186,7 +188,7 @@ def fit(
             seconds = time.perf_counter() - started
             step, tokens = step + 1, tokens + size
             last_load = metrics.pop("load_LE")
-            load = last_load if load is None else load
+            first_load = last_load if first_load is None else first_load
             line = _scalars(task, metrics, state, size / seconds) | {"tokens": tokens}
             if monitor.observe(step, line["loss"], skipped=bool(line.pop("skipped"))):
                 progress.print(f"step {step} skipped: loss {line['loss']:.4g}")
@@ -207,9 +209,9 @@ def fit(
         checkpointer.wait()
         if step < config.steps:
             progress.print(f"stopped and saved at step {step}; continue with --resume.")
-    assert load is not None
+    assert first_load is not None
     assert last_load is not None
-    return Outcome(state, step, step == config.steps, load, last_load)
+    return Outcome(state, step, step == config.steps, first_load, last_load)
 
 
 def jit_step(step: TrainStep, state: TrainState) -> TrainStep:
