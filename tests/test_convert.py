@@ -182,7 +182,7 @@ def test_an_interrupted_conversion_continues(tmp_path, monkeypatch):
         return lambda: monkeypatch.setattr(module, name, real)
 
     for _ in range(3):
-        restore = interrupted_after(25, to_orbax, "_contiguous")
+        restore = interrupted_after(25, to_orbax, "contiguous")
         with pytest.raises(KeyboardInterrupt):
             convert_to_orbax(folder, run, workers=1)
         restore()

@@ -205,7 +205,7 @@ def test_continuing_with_another_source(folder, tmp_path, tensors, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(to_orbax, "_contiguous", stop)
+        patch.setattr(to_orbax, "contiguous", stop)
         with pytest.raises(KeyboardInterrupt):
             convert_to_orbax(folder, tmp_path / "run")
     other = write_folder(tmp_path / "other", CONFIG, tensors, shards=2)
@@ -213,6 +213,29 @@ def test_continuing_with_another_source(folder, tmp_path, tensors, monkeypatch):
         convert_to_orbax(other, tmp_path / "run")
     with pytest.raises(UserError, match="other options"):
         convert_to_orbax(folder, tmp_path / "run", dtype="float32")
+
+
+def test_an_interrupted_export_is_not_continued_with_other_parameters(
+    folder, tmp_path, monkeypatch
+):
+    from deepseek_jax.convert import shards
+
+    config, params, bias = load_hf(folder)
+    out, calls = tmp_path / "out", iter(range(30))
+    real = shards.ShardWriter.write
+
+    def stop(*args):
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards.ShardWriter, "write", stop)
+        with pytest.raises(KeyboardInterrupt):
+            export_hf(out, config, params, bias, shard_size=100_000)
+    assert list(out.glob("*.safetensors"))
+    with pytest.raises(UserError, match="unfinished conversion"):
+        export_hf(out, config, params, bias, shard_size=100_000)
 
 
 def test_parameters_of_another_model(folder, tmp_path):

@@ -123,3 +123,21 @@ def test_greedy_text_of_a_trained_model_is_the_same(tmp_path):
     ours_text = tokenizer.decode(np.asarray(ours[0]))
     assert ours_text == tokenizer.decode(theirs[0, prompt.shape[1] :])
     print(ours_text)
+
+
+def test_fp8_means_what_it_means_to_transformers():
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    from deepseek_jax.convert.fp8 import dequantize, quantize
+
+    w = np.random.default_rng(0).standard_normal((384, 256)).astype(np.float32)
+    q, scale = quantize(w)
+    theirs = Fp8Dequantize(None)._dequantize_one(
+        torch.from_numpy(q.view(np.uint8)).view(torch.float8_e4m3fn),
+        torch.from_numpy(scale),
+        torch.float32,
+    )
+    np.testing.assert_array_equal(dequantize(q, scale), theirs.numpy())
+    np.testing.assert_array_equal(
+        dequantize(q[128:300, 37:], scale, 128, 37), theirs.numpy()[128:300, 37:]
+    )

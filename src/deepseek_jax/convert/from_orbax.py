@@ -1,5 +1,6 @@
 """A run's newest checkpoint -> a Hugging Face folder, a chunk at a time."""
 
+import hashlib
 import itertools
 import json
 import os
@@ -61,7 +62,7 @@ def convert_to_hf(
         out,
         config,
         _open_tree(model, config),
-        Options(str(model), dtype, shard_size, scale_fmt),
+        Options(_fingerprint(model), dtype, shard_size, scale_fmt),
         workers=workers,
         progress=progress,
         sidecars=run,
@@ -80,6 +81,11 @@ def _newest_model(steps: Path) -> Path:
         step, _ = newest_intact(steps, prefix="model/")
         return steps / str(step) / "model"
     return model  # plain chunks, whose checksums are looked at as each is read
+
+
+def _fingerprint(model: Path) -> str:
+    """Tells whether an interrupted conversion was of this checkpoint."""
+    return hashlib.sha256(json.dumps(_checksums(model.parent), sort_keys=True).encode()).hexdigest()
 
 
 def _open_tree(model: Path, config: ModelConfig) -> Params:

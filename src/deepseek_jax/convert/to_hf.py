@@ -3,6 +3,7 @@
 import itertools
 import math
 import os
+import uuid
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -51,7 +52,9 @@ def export_hf(
         UserError: if the parameters are not of this model, or ``path`` holds anything already.
     """
     tree = {"params": params, "router_bias": router_bias}
-    export(Path(path), config, tree, Options("memory", dtype, shard_size, scale_fmt))
+    # Arrays in memory leave no trace by which to tell, later, that it is they again.
+    once = f"memory {uuid.uuid4()}"
+    export(Path(path), config, tree, Options(once, dtype, shard_size, scale_fmt))
 
 
 class Options(NamedTuple):

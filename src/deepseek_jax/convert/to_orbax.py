@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -18,14 +19,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from deepseek_jax.checkpoint.files import local_path, write_checksums, write_json
+from deepseek_jax.checkpoint.files import local_path, write_json
 from deepseek_jax.convert.check import open_checked
 from deepseek_jax.convert.folder import HFFolder
 from deepseek_jax.convert.fp8 import E4M3
 from deepseek_jax.convert.load import LoadDtype, stacked_scales, stored_dtype
 from deepseek_jax.convert.memory import Leaf, leaves, scale_path
 from deepseek_jax.convert.sidecars import copy_sidecars
-from deepseek_jax.convert.table import BLOCK_SIZE, MODEL, Layout, axis_sizes, entries, to_ours
+from deepseek_jax.convert.table import (
+    BLOCK_SIZE,
+    MODEL,
+    Layout,
+    axis_sizes,
+    contiguous,
+    entries,
+    to_ours,
+)
 from deepseek_jax.convert.transfer import claim_output, disk_errors, run_all
 
 _log = logging.getLogger(__name__)
@@ -65,19 +74,19 @@ def convert_to_orbax(
     arrays = list(_arrays(folder, dtype))
     with disk_errors(out):
         marker = claim_output(out, {"from": _fingerprint(folder), "dtype": dtype})
-        model = out / _WORK / "model"
+        step = _Step(out / _WORK)
+        step.write("model/_METADATA", _json(_orbax_metadata(arrays)))
+        jobs = []
         for array in arrays:
-            _begin(model / ".".join(array.path), array)
-        write_json(model / "_METADATA", _orbax_metadata(arrays))
-        jobs = [
-            partial(_write_chunk, model / ".".join(array.path) / file, array, make)
-            for array in arrays
-            for file, make in array.chunks
-        ]
+            directory = "model/" + ".".join(array.path)
+            step.write(f"{directory}/.zarray", _json(_zarray(array)))
+            size = math.prod(array.chunk_shape) * np.dtype(array.dtype).itemsize
+            for file, make in array.chunks:
+                jobs.append(partial(step.write_once, f"{directory}/{file}", size, make))
         total = sum(math.prod(array.shape) * np.dtype(array.dtype).itemsize for array in arrays)
         run_all(jobs, total, workers, progress)
         _check_copies(folder)
-        write_checksums(out / _WORK)
+        write_json(out / _WORK / "checksums.json", {"files": step.checksums})
         copy_sidecars(folder.path, out)
         write_json(
             out / "run.json", {"config": {"stage": "convert", "model": folder.config.to_hf()}}
@@ -129,7 +138,7 @@ def _from_tensors(folder: HFFolder, leaf: Leaf, dtype: Any) -> _Stored:
 
     def make(name: str, rows: slice) -> np.ndarray:
         x = to_ours(folder.weight(name, rows, dtype=dtype), layout, sizes)
-        return _contiguous(x, tuple(own))
+        return contiguous(x, tuple(own))
 
     chunks = []
     for entry in leaf.parts:
@@ -150,49 +159,59 @@ def _rows_per_chunk(layout: Layout, shape: tuple[int, ...], head: int, dtype: An
     return min(max(CHUNK_BYTES // step_bytes, 1) * step, shape[0])
 
 
-def _contiguous(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """``x`` in C order, filled up with zeros to ``shape``; x is usually a transposed view."""
-    out = np.empty(shape, x.dtype) if x.shape == shape else np.zeros(shape, x.dtype)
-    inside = out[tuple(slice(length) for length in x.shape)]
-    for i in range(0, x.shape[-1], 64):  # by blocks that the cache holds: 3x numpy's own speed
-        inside[..., i : i + 64] = x[..., i : i + 64]
-    return out
-
-
 # --- Zarr and Orbax --------------------------------------------------------------------------
 
 
-def _begin(directory: Path, array: _Stored) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
-    dtype = np.dtype(array.dtype)
-    write_json(
-        directory / ".zarray",
-        {
-            "zarr_format": 2,
-            "shape": array.shape,
-            "chunks": array.chunk_shape,
-            # Zarr has no name for these two; TensorStore's extension has.
-            "dtype": dtype.name if dtype.name in ("bfloat16", "float8_e4m3fn") else dtype.str,
-            "order": "C",
-            "compressor": None,
-            "filters": None,
-            "fill_value": None,
-            "dimension_separator": ".",
-        },
-    )
+class _Step:
+    """A checkpoint in the making: its files, and what ``checkpoint`` wants to know of each.
 
+    ``checksums.json`` is written here and not by ``checkpoint.files.write_checksums``, which
+    would read again all that has just been written.
+    """
 
-def _write_chunk(path: Path, array: _Stored, make: Callable[[], np.ndarray]) -> int:
-    size = math.prod(array.chunk_shape) * np.dtype(array.dtype).itemsize
-    if path.exists() and path.stat().st_size == size:  # of the conversion that was interrupted
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self.checksums: dict[str, list[int]] = {}
+
+    def write(self, name: str, data: Any) -> None:
+        path = self._folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".tmp")
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fdatasync(file.fileno())
+        os.replace(temporary, path)
+        self.checksums[name] = [len(data), zlib.crc32(data)]
+
+    def write_once(self, name: str, size: int, make: Callable[[], np.ndarray]) -> int:
+        path = self._folder / name
+        if path.exists() and path.stat().st_size == size:  # by the run that was interrupted
+            self.checksums[name] = [size, zlib.crc32(path.read_bytes())]
+        else:
+            data: Any = make().reshape(-1).view(np.uint8)
+            self.write(name, data.data)
         return size
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(make().view(np.uint8).data)
-        file.flush()
-        os.fdatasync(file.fileno())
-    os.replace(temporary, path)
-    return size
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value).encode()
+
+
+def _zarray(array: _Stored) -> dict[str, Any]:
+    dtype = np.dtype(array.dtype)
+    return {
+        "zarr_format": 2,
+        "shape": array.shape,
+        "chunks": array.chunk_shape,
+        # Zarr has no name for these two; TensorStore's extension has.
+        "dtype": dtype.name if dtype.name in ("bfloat16", "float8_e4m3fn") else dtype.str,
+        "order": "C",
+        "compressor": None,
+        "filters": None,
+        "fill_value": None,
+        "dimension_separator": ".",
+    }
 
 
 def _orbax_metadata(arrays: list[_Stored]) -> dict[str, Any]:
