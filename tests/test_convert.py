@@ -1,5 +1,7 @@
 """Checkpoints come back from our layout as they went in, bit for bit."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -124,6 +126,21 @@ def test_writing_fp8(scale_fmt, tmp_path):
     scale = np.asarray(kept["dense_layers"]["ffn"]["w1_scale"])
     assert q.max() == 448 if scale_fmt is None else 224 < q.max() <= 448
     assert scale_fmt is None or np.all(np.frexp(scale)[0] == 0.5)
+
+
+def test_power_of_two_scales_stay_what_they_are(tmp_path):
+    """V3.1: the same bytes, and config.json says so again."""
+    tensors = random_tensors(V3, fp8=True)
+    for name, (_, x) in tensors.items():
+        if name.endswith("_scale_inv"):
+            x[:] = np.exp2(np.round(np.log2(x)))
+    block = {"quant_method": "fp8", "weight_block_size": [128, 128], "scale_fmt": "ue8m0"}
+    folder = write_folder(tmp_path / "hf", V3, tensors, quantization_config=block)
+    convert_to_orbax(folder, tmp_path / "run", dtype="fp8")
+    out = convert_to_hf(tmp_path / "run", tmp_path / "back", dtype="fp8")
+    assert read_folder(out) == as_read(tensors)
+    written = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert written["scale_fmt"] == "ue8m0"
 
 
 def test_without_its_mtp_modules_a_model_is_loaded_as_one_without(tmp_path, caplog):

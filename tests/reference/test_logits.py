@@ -93,7 +93,13 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+# Small variations of others; they run with `-m slow`.
+SLOW = {"v3_unnormalised", "v3_top_1", "v3_all_groups", "v3_two_dense_layers", "v2_no_dense_layer"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=[pytest.mark.slow] * (x in SLOW)) for x in CONFIGS]
+)
 def test_logits_equal_those_of_transformers(name, tmp_path):
     config = CONFIGS[name]
     model = torch_model(config)
@@ -106,4 +112,4 @@ def test_logits_equal_those_of_transformers(name, tmp_path):
         theirs = model(torch.from_numpy(tokens)).logits.numpy()
 
     assert 0.3 < theirs.std() < 3
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5)  # the worst is 6e-6

@@ -45,7 +45,8 @@ def convert_to_hf(
         out_dir: the folder to make.
         dtype: as in ``export_hf``.
         shard_size: as in ``export_hf``.
-        scale_fmt: as in ``export_hf``.
+        scale_fmt: as in ``export_hf``; by default what the original had, for a run directory that
+            ``convert_to_orbax`` made.
         workers: chunks in the making at a time.
         progress: show a bar.
 
@@ -56,7 +57,11 @@ def convert_to_hf(
         UserError: no intact checkpoint; ``out_dir`` holds something else; the disk is full.
     """
     run, out = local_path(ckpt_dir), local_path(out_dir)
-    config = _model_config(run)
+    hf_config = _hf_config(run)
+    config = ModelConfig.from_hf(hf_config)
+    quantization = hf_config.get("quantization_config") or {}
+    if dtype == "fp8" and scale_fmt is None:  # as the checkpoint had it that this came from
+        scale_fmt = quantization.get("scale_fmt")
     model = _newest_model(run / "checkpoints")
     export(
         out,
@@ -190,9 +195,9 @@ def _no_array(model: Path, name: str) -> UserError:
     return UserError(f"{model} holds no array {name}, so it is not of the model in run.json.")
 
 
-def _model_config(run: Path) -> ModelConfig:
-    """The model of a run: ``config.model`` in ``run.json``, a ``config.json`` of Hugging Face's."""
+def _hf_config(run: Path) -> dict[str, Any]:
+    """``config.model`` in ``run.json``: the model as a ``config.json`` of Hugging Face's."""
     try:
-        return ModelConfig.from_hf(dict(read_run(run)["model"]))
+        return dict(read_run(run)["model"])
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{run}/run.json does not say what the model is ({error!r}).") from error

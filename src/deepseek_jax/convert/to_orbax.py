@@ -88,9 +88,7 @@ def convert_to_orbax(
         _check_copies(folder)
         write_json(out / _WORK / "checksums.json", {"files": step.checksums})
         copy_sidecars(folder.path, out)
-        write_json(
-            out / "run.json", {"config": {"stage": "convert", "model": folder.config.to_hf()}}
-        )
+        write_json(out / "run.json", {"config": _run_config(folder)})
         (out / "checkpoints").mkdir(exist_ok=True)
         os.replace(out / _WORK, out / "checkpoints" / "0")
         marker.unlink()
@@ -232,6 +230,13 @@ def _orbax_metadata(arrays: list[_Stored]) -> dict[str, Any]:
         "store_array_data_equal_to_fill_value": True,
         "custom_metadata": None,
     }
+
+
+def _run_config(folder: HFFolder) -> dict[str, Any]:
+    model = folder.config.to_hf()
+    if "quantization_config" in folder.hf_config:  # says how to write FP8 again
+        model["quantization_config"] = folder.hf_config["quantization_config"]
+    return {"stage": "convert", "model": model}
 
 
 # --- source ----------------------------------------------------------------------------------
