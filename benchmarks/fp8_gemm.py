@@ -1,15 +1,15 @@
 """Block-scaled FP8 matmul beside cuBLAS BF16 and XLA's tensor-wise FP8, in one run.
 
     PYTHONPATH=. python benchmarks/fp8_gemm.py            # the table of docs/performance.md
-    PYTHONPATH=. python benchmarks/fp8_gemm.py --sweep    # every tiling at the first shape
+    PYTHONPATH=. python benchmarks/fp8_gemm.py --sweep    # other tilings at the first shape
 
 Every row is checked before it is timed: against the product of the dequantized operands in
 FP32, and by running it twice, because a race shows as a result that moves.
 """
 
 import argparse
+import dataclasses
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from jax import lax
 
 from benchmarks.timing import deadline, median_seconds
 from pallas_kernels import quantize, reference
+from pallas_kernels.hopper import compat
 from pallas_kernels.hopper import matmul as hopper
 
 # (M, N, K): the shapes for which DeepGEMM publishes figures, and a square one.
@@ -26,6 +27,19 @@ SHAPES = [
     (4096, 24576, 1536),
     (4096, 7168, 16384),
     (8192, 8192, 8192),
+]
+# What the sweep changes in the default tiling.
+CHANGES = [
+    dict(),
+    dict(shared="none"),
+    dict(shared="b"),
+    dict(waves=1),
+    dict(waves=1, shared="none"),
+    dict(waves=1, store_slots=2),
+    dict(group=4),
+    dict(group=16),
+    dict(stages=3),
+    dict(store_slots=2),
 ]
 SECONDS_PER_ROW = 60
 # Rounding of the result to BF16 alone gives 1.7e-3.
@@ -100,18 +114,17 @@ def table(shapes):
 
 
 def sweep(shape):
-    """Every tiling at one shape, fastest last."""
+    """The default tiling and what differs from it in one thing, at one shape; fastest last."""
     print(f"\nM, N, K = {shape}")
     inputs = [s[:2] for s in _sets(shape)]
     rates = {}
-    for waves, shared, group, (stages, slots) in itertools.product(
-        (2, 1), ("none", "a", "b"), (4, 8, 16), ((0, 1), (0, 2), (3, 1))
-    ):
-        tiling = hopper.Tiling(
-            waves=waves, shared=shared, group=group, stages=stages, store_slots=slots
-        )
+    default = hopper.choose_tiling(
+        shape[0], shape[1], b_in_tiles=False, multiprocessors=compat.multiprocessors()
+    )
+    for change in CHANGES:
+        tiling = dataclasses.replace(default, **change)
         multiply = jax.jit(functools.partial(hopper.fp8_matmul, tiling=tiling))
-        label = f"{waves=} {shared=} {group=} {stages=} {slots=}"
+        label = ", ".join(f"{name} {value}" for name, value in change.items()) or "default"
         if rate := _row(label, shape, multiply, inputs, check=True):
             rates[label] = rate
     print("\nfastest last:")
@@ -122,7 +135,7 @@ def sweep(shape):
 def main():
     """Parse the command line and print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--sweep", action="store_true", help="time every tiling instead")
+    parser.add_argument("--sweep", action="store_true", help="time other tilings instead")
     parser.add_argument(
         "--shape", nargs=3, type=int, action="append", metavar=("M", "N", "K"), help="repeatable"
     )
@@ -130,7 +143,8 @@ def main():
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}")
     shapes = [tuple(shape) for shape in arguments.shape or SHAPES]
     if arguments.sweep:
-        sweep(shapes[0])
+        for shape in shapes if arguments.shape else shapes[:1]:
+            sweep(shape)
     else:
         table(shapes)
 

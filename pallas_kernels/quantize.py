@@ -57,6 +57,7 @@ def quantize_tiles(
     """
     if impl == "auto":
         fits = axis % 2 == 1 and x.shape[0] % 64 == 0 and x.shape[1] % reference.TILE == 0
+        fits = fits and x.dtype.itemsize <= 4
         impl = "hopper" if fits and _on_hopper() else "reference"
     if impl == "reference":
         return reference.quantize_tiles(x, axis=axis, power_of_two=power_of_two)

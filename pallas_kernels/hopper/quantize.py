@@ -51,6 +51,10 @@ def _tile_layout(itemsize: int):
     """Which thread holds what of a tile's rows: warps first, then rows, then 16 bytes each."""
     columns = 16 // itemsize
     rows_of_warp = columns * 32 // TILE
+    if rows_of_warp == 1:  # jax demands that the dimension of size 1 be left out
+        return plgpu.Layout.TILED(
+            plgpu.Tiling(((4, TILE), (columns,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1
+        )
     return plgpu.Layout.TILED(
         plgpu.Tiling(((4 * rows_of_warp, TILE), (rows_of_warp, columns))),
         warp_dims=(-4,),

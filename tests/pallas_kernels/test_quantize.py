@@ -129,9 +129,10 @@ def test_hopper_equals_reference(dtype, power_of_two, interpret):
     assert np.mean((got != want) & ~np.isnan(want)) < 1e-3
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("power_of_two", [False, True])
-def test_hopper_lowers_without_a_device(power_of_two):
-    x = jax.ShapeDtypeStruct((4096, 7168), jnp.bfloat16)
+def test_hopper_lowers_without_a_device(power_of_two, dtype):
+    x = jax.ShapeDtypeStruct((4096, 7168), dtype)
     traced = jax.jit(lambda x: hopper.quantize_tiles(x, power_of_two=power_of_two)).trace(x)
     assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
