@@ -5,15 +5,16 @@ import errno
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal
 
 import tyro
+from rich.console import Console
 
 from deepseek_jax.config import PRESETS, ModelConfig, preset
-from deepseek_jax.train.pretrain import PretrainConfig, pretrain
+from deepseek_jax.convert import check_hf, convert_to_hf, convert_to_orbax
+from deepseek_jax.convert.to_hf import SHARD_SIZE
+from deepseek_jax.train.pretrain import PretrainConfig, pretrain, stored_config
 from deepseek_jax.types import UserError
-
-Config = TypeVar("Config")
 
 
 def _read_model(words: list[str]) -> ModelConfig:
@@ -46,28 +47,83 @@ def _model_rule(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
     )
 
 
-def _pretrain(config: Annotated[PretrainConfig, tyro.conf.arg(name="")]) -> None:
-    """Train a language model from text."""
-    pretrain(config)
+def _convert(
+    paths: tyro.conf.Positional[tuple[Path, ...]] = (),
+    check: Path | None = None,
+    dtype: Literal["fp32", "bf16", "fp8"] | None = None,
+    shard_size: int = SHARD_SIZE,
+    scale_fmt: Literal["ue8m0"] | None = None,
+    workers: int = 4,
+) -> None:
+    """Convert between a Hugging Face folder and a run directory, whichever SOURCE is.
+
+    Args:
+        paths: SOURCE and TARGET.
+        check: Instead: read the headers of this Hugging Face folder and report what is amiss.
+        dtype: Of the result's matrices; to a run directory, default as stored (FP8 as BF16); to
+            Hugging Face, default bf16.
+        shard_size: Bytes of a safetensors file.
+        scale_fmt: Scales of fp8 as powers of two, as V3.1 has them.
+        workers: Chunks in the making at a time.
+    """
+    if check is not None:
+        report = check_hf(check)
+        Console().print(report)
+        if not report.ok:
+            raise UserError(f"{check} is not complete; see the list above.")
+        return
+    if len(paths) != 2:
+        raise UserError("convert takes SOURCE and TARGET, two paths, or --check DIR.")
+    source, target = paths
+    if (source / "run.json").exists():
+        convert_to_hf(
+            source,
+            target,
+            dtype=dtype or "bf16",
+            shard_size=shard_size,
+            scale_fmt=scale_fmt,
+            workers=workers,
+            progress=True,
+        )
+    else:
+        ours: Any = {"fp32": "float32", "bf16": "bfloat16", "fp8": "fp8", None: None}[dtype]
+        convert_to_orbax(source, target, dtype=ours, workers=workers, progress=True)
+    Console().print(f"wrote {target}", markup=False, highlight=False)
 
 
 def main(args: list[str] | None = None) -> None:
     """The ``deepseek-jax`` command."""
+    words = sys.argv[1:] if args is None else args
+
+    def command(config: Annotated[PretrainConfig, tyro.conf.arg(name="")]) -> None:
+        """Train a language model from text."""
+        pretrain(_as_stored(config, words[1:]))
+
     with _bad_input_is_a_sentence(), _REGISTRY:
         tyro.extras.subcommand_cli_from_dict(
-            {"pretrain": _pretrain},
+            {"pretrain": command, "convert": _convert},
             prog="deepseek-jax",
             description="DeepSeek-V3 and R1 in JAX.",
-            args=args,
+            args=words,
             config=(tyro.conf.OmitArgPrefixes,),
         )
 
 
-def run_recipe(stage: Callable[[Config], Any], default: Config) -> None:
+def run_recipe(stage: Callable[[PretrainConfig], Any], default: PretrainConfig) -> None:
     """Run a stage with a recipe's configuration; the command line may change any field of it."""
     with _bad_input_is_a_sentence(), _REGISTRY:
-        config = tyro.cli(type(default), default=default, config=(tyro.conf.OmitArgPrefixes,))
-        stage(config)
+        stage(_as_stored(_parse(default, sys.argv[1:]), sys.argv[1:]))
+
+
+def _parse(default: PretrainConfig, words: list[str]) -> PretrainConfig:
+    return tyro.cli(
+        PretrainConfig, default=default, args=words, config=(tyro.conf.OmitArgPrefixes,)
+    )
+
+
+def _as_stored(config: PretrainConfig, words: list[str]) -> PretrainConfig:
+    """With ``--resume``, what is not said on the command line is as the run was started."""
+    return _parse(stored_config(config), words) if config.resume else config
 
 
 @contextlib.contextmanager

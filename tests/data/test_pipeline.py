@@ -18,7 +18,6 @@ from deepseek_jax.data.pipeline import (
     eval_batches,
     fit_tokenizer,
     load_corpus,
-    load_tokenizer,
     target_bytes,
     train_batches,
 )
@@ -81,7 +80,8 @@ def test_each_epoch_reads_every_training_document_once(
     elif suffix == "parquet":
         pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", row_group_size=7)
     source = config.source if suffix == "txt" else (str(tmp_path),)
-    config = dataclasses.replace(config, source=source, shuffle=shuffle)
+    # Read off the stream, hence before rows change places.
+    config = dataclasses.replace(config, source=source, shuffle=shuffle, mix_tokens=0)
     corpus = load_corpus(config)
     train = [corpus.train[i] for i in range(len(corpus.train))]
     batches = take(train_batches(config, tokenizer, 1), epoch_rows(config, tokenizer, 2))
@@ -92,6 +92,21 @@ def test_each_epoch_reads_every_training_document_once(
     assert (first == second) is not shuffle
 
 
+def test_mixing_moves_rows_within_windows(config, tokenizer):
+    in_order = dataclasses.replace(config, mix_tokens=0)
+    mixed = dataclasses.replace(config, mix_tokens=5 * config.seq_len)
+    before = [b.tokens_BT.tobytes() for b in take(train_batches(in_order, tokenizer, 1), 15)]
+    after = [b.tokens_BT.tobytes() for b in take(train_batches(mixed, tokenizer, 1), 15)]
+    assert before != after
+    for window in range(0, 15, 5):
+        assert sorted(before[window : window + 5]) == sorted(after[window : window + 5])
+    batches = train_batches(mixed, tokenizer, 1)
+    take(batches, 7)  # into the second window
+    again = train_batches(mixed, tokenizer, 1)
+    again.set_state(json.loads(json.dumps(batches.get_state())))
+    assert_equal(take(batches, 9), take(again, 9))
+
+
 def test_order_depends_on_the_seed(config, tokenizer):
     first = take(train_batches(config, tokenizer, 2), 3)
     assert_equal(first, take(train_batches(config, tokenizer, 2), 3))
@@ -100,7 +115,7 @@ def test_order_depends_on_the_seed(config, tokenizer):
 
 
 def test_processes_share_each_epoch(config, tokenizer):
-    config = dataclasses.replace(config, fim_rate=0.0)
+    config = dataclasses.replace(config, fim_rate=0.0, mix_tokens=0)
     corpus = load_corpus(config)
     texts = [corpus.train[i] for i in range(len(corpus.train))]
     read: Counter[str] = Counter()
@@ -229,13 +244,6 @@ def test_tokenizer_is_trained_on_training_documents_only(tmp_path):
     corpus = load_corpus(config)
     texts = [corpus.train[i] for i in range(len(corpus.train))]
     assert fit_tokenizer(config, 300).to_json() == pipeline.train_bpe(texts, 300).to_json()
-
-
-def test_load_tokenizer(config, tokenizer, tmp_path):
-    tokenizer.save(tmp_path / "tokenizer.json")
-    given = dataclasses.replace(config, tokenizer=tmp_path / "tokenizer.json")
-    assert load_tokenizer(given).to_json() == tokenizer.to_json()
-    assert load_tokenizer(dataclasses.replace(config, tokenizer_vocab_size=290)).vocab_size == 290
 
 
 def test_more_processes_than_documents(config, tokenizer):

@@ -63,13 +63,11 @@ def test_mtp_equals_transformers_module(tmp_path):
     main = opened(tmp_path)
     mtp = MtpModel.from_pretrained(main).eval()
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, 20))
-    theirs_in = []
-    main.model.norm.register_forward_pre_hook(lambda _, args: theirs_in.append(args[0]))
     with torch.no_grad():
-        main(torch.from_numpy(tokens))
+        states = main(torch.from_numpy(tokens), output_hidden_states=True).hidden_states
         hidden = mtp.forward_layer(
             0,
-            theirs_in[0][:, :-1],
+            states[-1][:, :-1],
             torch.arange(1, 20)[None],
             None,
             input_ids=torch.from_numpy(tokens[:, 1:]),

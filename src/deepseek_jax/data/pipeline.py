@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 from absl import flags
+from grain.experimental import WindowShuffleIterDataset
 
 from deepseek_jax.data.corpus import Corpus, open_corpus
 from deepseek_jax.data.encoding import DocumentEncoder
@@ -35,7 +36,6 @@ class DataConfig:
         text_field: JSONL field or Parquet column that holds the text.
         separator: Ends a document of a plain file; none: a file is a document.
         tokenizer: A Hugging Face tokenizer.json; none trains BPE on the corpus.
-        tokenizer_vocab_size: Vocabulary of the tokenizer trained when none is given.
         seq_len: Tokens in a row (T).
         add_bos: Begin documents with the begin-of-sentence token, if any.
         fim_rate: Share of documents rearranged for Fill-in-Middle.
@@ -43,6 +43,7 @@ class DataConfig:
         held_out_fraction: Share of documents kept for evaluation, chosen by content.
         held_out_source: Documents to evaluate on instead of a share of the source.
         shuffle: Visit the documents in a new random order each epoch.
+        mix_tokens: With ``shuffle``, rows within so many tokens change places too.
         seed: Of the order and of Fill-in-Middle, not of the split.
         num_workers: Processes that prepare data; 0: the trainer does it itself.
     """
@@ -51,7 +52,6 @@ class DataConfig:
     text_field: str = "text"
     separator: str = ""
     tokenizer: Path | None = None
-    tokenizer_vocab_size: int = 4096
     seq_len: int = 256
     add_bos: bool = True
     fim_rate: float = 0.1
@@ -59,6 +59,7 @@ class DataConfig:
     held_out_fraction: float = 0.05
     held_out_source: tuple[str, ...] = ()
     shuffle: bool = True
+    mix_tokens: int = 250_000
     seed: int = 0
     num_workers: int = 0
 
@@ -99,15 +100,10 @@ def load_corpus(config: DataConfig) -> Corpus:
     )
 
 
-def fit_tokenizer(config: DataConfig, vocab_size: int | None = None) -> Tokenizer:
+def fit_tokenizer(config: DataConfig, vocab_size: int) -> Tokenizer:
     """Trains byte-level BPE on the training documents (their first 200 MB) alone."""
     documents = load_corpus(config).train
-    return train_bpe(_first_bytes(documents), vocab_size or config.tokenizer_vocab_size)
-
-
-def load_tokenizer(config: DataConfig) -> Tokenizer:
-    """The tokenizer that ``config`` names, or one trained on its training documents."""
-    return fit_tokenizer(config) if config.tokenizer is None else Tokenizer.load(config.tokenizer)
+    return train_bpe(_first_bytes(documents), vocab_size)
 
 
 def train_batches(
@@ -153,6 +149,10 @@ def train_batches(
         documents = _shuffle(documents, corpus, config.seed)
     documents = documents[process_index::process_count].repeat().to_iter_dataset(_NO_THREADS)
     rows = PackRows(documents, config.seq_len)
+    if config.shuffle:
+        # Without this a small batch is a few pages of one document.
+        window = max(1, config.mix_tokens // config.seq_len)
+        rows = WindowShuffleIterDataset(rows, window_size=window, seed=config.seed)
     stack = functools.partial(rows_to_batch, mask_documents=config.mask_documents)
     batches = rows.batch(batch_size, batch_fn=stack)
     if config.num_workers:
@@ -257,7 +257,7 @@ def _fingerprint(corpus: Corpus, tokenizer: Tokenizer, config: DataConfig, *shar
         config.held_out_fraction if not config.held_out_source else None,
         config.add_bos,
         config.fim_rate,
-        config.shuffle,
+        config.shuffle and config.mix_tokens,
         config.seed,
         config.seq_len,
         config.num_workers,

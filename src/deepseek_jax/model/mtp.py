@@ -19,8 +19,10 @@ def shift_left(x_BT: Int[Array, "B T"] | Float[Array, "B T"], by: int) -> Array:
 class MTPModule(ParamModule):
     """Module k: from depth k-1's hidden state and the embedding of token i+k, to depth k's.
 
-    The embedding and the output head are the main model's. ``h`` is taken before the main
-    model's final norm, as torchtitan and MaxText do; the report does not say.
+    The embedding and the output head are the main model's. The chain hands on *normed* states:
+    depth 1 takes the main model's state after its final norm, depth k that of depth k-1 after its
+    own, as transformers runs the released weights. The report does not say; torchtitan and
+    MaxText take the states before the norm.
     """
 
     block: type[nn.Module] = nn.Module
@@ -32,8 +34,8 @@ class MTPModule(ParamModule):
         next_embedding_BTD: Float[Array, "B T D"],
         bias_E: Float[Array, "E"],
         positions: Positions,
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"], Balance]:
-        """(h of this depth, its normed copy for the shared head, balance of its MoE layer)."""
+    ) -> tuple[Float[Array, "B T D"], Balance]:
+        """(normed h of this depth, for the shared head and depth k+1; balance of its MoE layer)."""
         D, eps = self.config.hidden_size, self.config.rms_norm_eps
         # The report prints [hidden; embedding]; the released weights are [embedding; hidden].
         both = jnp.concatenate(
@@ -47,4 +49,4 @@ class MTPModule(ParamModule):
         h_BTD = dot("btx,xd->btd", both, eh_proj, self.precision)  # Eq. 21
         block = self.block(self.config, self.precision, use_moe=True, name="block")
         h_BTD, (_, balance) = block(h_BTD, (bias_E, None), positions, None)  # Eq. 22
-        return h_BTD, rms_norm(h_BTD, self.scale("norm", D), eps), balance
+        return rms_norm(h_BTD, self.scale("norm", D), eps), balance

@@ -158,16 +158,16 @@ class DeepSeekV3(ParamModule):
         h_BTD, _, balance = self._stack(
             self._embed(tokens_BT), router_bias_LE, None, positions, None
         )
-        main_BTD = rms_norm(h_BTD, self.norm_D, c.rms_norm_eps)
+        main_BTD = h_BTD = rms_norm(h_BTD, self.norm_D, c.rms_norm_eps)
         loads, losses, mtp_BTD = [balance.load_E], [balance.loss.sum()], []
         for k, module in enumerate(self.mtp if next_BT is not None else []):
             assert next_BT is not None
             bias_E = router_bias_LE[c.num_moe_layers + k]
             next_embedding = self._embed(shift_left(next_BT, k))
-            h_BTD, normed, balance = module(h_BTD, next_embedding, bias_E, positions)
+            h_BTD, balance = module(h_BTD, next_embedding, bias_E, positions)
             loads.append(balance.load_E[None])
             losses.append(balance.loss)
-            mtp_BTD.append(normed)
+            mtp_BTD.append(h_BTD)
         return Hidden(main_BTD, tuple(mtp_BTD), jnp.concatenate(loads), sum(losses, jnp.float32(0)))
 
     def decode(

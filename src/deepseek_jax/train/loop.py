@@ -5,9 +5,11 @@ import dataclasses
 import math
 import signal
 import time
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, get_origin, get_type_hints
 
 import jax
 import numpy as np
@@ -15,6 +17,7 @@ from jax.sharding import Mesh
 
 from deepseek_jax import sharding
 from deepseek_jax.checkpoint import Checkpointer, Restored
+from deepseek_jax.config import ModelConfig
 from deepseek_jax.report import LossMonitor, MetricsWriter, Progress
 from deepseek_jax.train.optim import Schedule, batch_ramp
 from deepseek_jax.train.step import Metrics, TrainStep, place_batch
@@ -258,3 +261,19 @@ def to_json(config: Any) -> Any:
     if isinstance(config, tuple | list):
         return [to_json(x) for x in config]
     return config if isinstance(config, str | int | float | bool | None) else str(config)
+
+
+def from_json(kind: Any, value: Any) -> Any:
+    """The inverse of ``to_json`` for a type of configuration; ``model`` is a config.json."""
+    if kind is ModelConfig:
+        return ModelConfig.from_hf(value)
+    if dataclasses.is_dataclass(kind):
+        hints = get_type_hints(kind)
+        known = [f.name for f in dataclasses.fields(kind) if f.name in value]
+        return kind(**{name: from_json(hints[name], value[name]) for name in known})
+    if isinstance(kind, types.UnionType):
+        inner = [k for k in kind.__args__ if k is not type(None)]
+        return None if value is None else from_json(inner[0], value)
+    if value is not None and get_origin(kind) is tuple:
+        return tuple(value)
+    return Path(value) if kind is Path and value is not None else value

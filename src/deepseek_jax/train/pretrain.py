@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from deepseek_jax import sharding
 from deepseek_jax.checkpoint import Checkpointer, claim_run_directory, load_params
+from deepseek_jax.checkpoint.run_directory import read_run
 from deepseek_jax.config import ModelConfig, Precision, RematPolicy, preset
 from deepseek_jax.data.baselines import Baselines, measure_baselines
 from deepseek_jax.data.pipeline import (
@@ -37,7 +38,16 @@ from deepseek_jax.report import (
     read_metrics,
     summary_table,
 )
-from deepseek_jax.train.loop import Evaluation, LoopConfig, Outcome, Task, fit, local_rows, to_json
+from deepseek_jax.train.loop import (
+    Evaluation,
+    LoopConfig,
+    Outcome,
+    Task,
+    fit,
+    from_json,
+    local_rows,
+    to_json,
+)
 from deepseek_jax.train.losses import batch_nats, hidden_states, pretrain_loss
 from deepseek_jax.train.optim import (
     OptimConfig,
@@ -166,6 +176,19 @@ def pretrain(config: PretrainConfig) -> Result | None:
 def run_json(config: PretrainConfig) -> dict[str, Any]:
     """The run's identity; ``model`` is a Hugging Face ``config.json``, so one reader serves."""
     return to_json(config) | {"stage": "pretrain", "model": config.model.to_hf()}
+
+
+def stored_config(config: PretrainConfig) -> PretrainConfig:
+    """The configuration that the run in ``config.out`` was started with, set to resume.
+
+    Raises:
+        UserError: if there is no run, or it was not a pretraining run.
+    """
+    run = read_run(config.out)
+    if run.get("stage") != "pretrain":
+        raise UserError(f"{config.out} holds a run of stage {run.get('stage')!r}, not pretrain.")
+    stored = from_json(PretrainConfig, run)
+    return dataclasses.replace(stored, out=config.out, resume=True)
 
 
 def run_tokenizer(config: PretrainConfig) -> Tokenizer:

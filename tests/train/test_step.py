@@ -1,0 +1,136 @@
+"""The training step: accumulation, skipping, and eight devices against one."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deepseek_jax import Batch, DeepSeekV3, sharding
+from deepseek_jax.config import FLOAT32
+from deepseek_jax.train import optim
+from deepseek_jax.train.losses import pretrain_loss
+from deepseek_jax.train.step import (
+    init_state,
+    load_violation,
+    make_train_step,
+    place_batch,
+    state_shardings,
+)
+from tests.configs import MICRO, QUICK_COMPILE
+
+CONFIG = MICRO.replace(num_nextn_predict_layers=1)
+MODEL = DeepSeekV3(CONFIG, FLOAT32)
+TX = optim.make_optimizer(optim.OptimConfig(peak_lr=1e-2, warmup_steps=0), 100)
+
+
+def loss_fn(params, bias, batch, totals, step):
+    return pretrain_loss(MODEL, params, bias, batch, totals, 0.3)
+
+
+STEP = make_train_step(TX, loss_fn, lambda step: 0.01)
+
+
+def rows(seed, count=8, T=12):
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, CONFIG.vocab_size, (count, T + 1)).astype(np.int32)
+    ones = np.ones((count, T), np.int32)
+    positions = np.broadcast_to(np.arange(T, dtype=np.int32), (count, T))
+    return Batch(tokens[:, :-1], tokens[:, 1:], ones.astype(np.float32), positions, ones)
+
+
+@functools.cache
+def compiled(mesh_text="data=1"):
+    devices = jax.devices() if mesh_text != "data=1" else jax.devices()[:1]
+    mesh = sharding.make_mesh(mesh_text, devices)
+    where = state_shardings(MODEL, TX, mesh)
+    options = {"compiler_options": QUICK_COMPILE, "out_shardings": (where, None)}
+    init = jax.jit(functools.partial(init_state, MODEL, TX), out_shardings=where)
+    return mesh, init, jax.jit(STEP, **options)
+
+
+def run(mesh_text="data=1", steps=3, pieces=1):
+    mesh, init, step = compiled(mesh_text)
+    state, history = init(jax.random.key(0)), []
+    for seed in range(steps):
+        parts = [Batch(*(x[i::pieces] for x in rows(seed))) for i in range(pieces)]
+        state, metrics = step(state, place_batch(parts, mesh), np.float32(np.inf))
+        history.append(jax.device_get(metrics))
+    return state, history
+
+
+def assert_same(a, b, rtol=2e-4, atol=2e-5):
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(np.asarray(x), np.asarray(y), rtol=rtol, atol=atol),
+        jax.device_get(a), jax.device_get(b),
+    )  # fmt: skip
+
+
+def test_the_step_learns_and_reports():
+    state, history = run(steps=12)
+    assert history[-1]["loss"] < history[0]["loss"]
+    assert int(state.step) == 12
+    first = history[0]
+    assert first["load_LE"].shape == (CONFIG.num_routers, CONFIG.n_routed_experts)
+    # Every token of the main layers, and of the MTP module, chose its K experts.
+    assert (first["load_LE"].sum(-1) == 8 * 12 * CONFIG.num_experts_per_tok).all()
+    assert first["load_violation_max"] == pytest.approx(
+        float(load_violation(first["load_LE"]).max())
+    )
+    assert first["skipped"] == 0
+
+
+@pytest.mark.parametrize("pieces", [2, 4])
+def test_accumulation_equals_one_large_batch(pieces):
+    whole, history = run()
+    split, split_history = run(pieces=pieces)
+    assert_same(whole.params, split.params)
+    np.testing.assert_array_equal(whole.router_bias_LE, split.router_bias_LE)
+    assert_same([h["loss"] for h in history], [h["loss"] for h in split_history])
+
+
+@pytest.mark.parametrize("mesh", ["data=8", "fsdp=8", "data=2,fsdp=4"])
+def test_eight_devices_equal_one(mesh):
+    """Losses, parameters and biases; and every device holds the same bias.
+
+    A published bug in a peer: with ``out_specs=P(), check_vma=False`` over local counts each
+    device keeps a bias of its own, and nothing complains.
+    """
+    one, history = run()
+    eight, eight_history = run(mesh)
+    assert_same([h["loss"] for h in history], [h["loss"] for h in eight_history])
+    for a, b in zip(history, eight_history, strict=True):
+        np.testing.assert_array_equal(a["load_LE"], b["load_LE"])
+    assert_same(one.params, eight.params)
+    np.testing.assert_array_equal(one.router_bias_LE, eight.router_bias_LE)
+    assert float(jnp.abs(eight.router_bias_LE).max()) > 0
+    copies = [np.asarray(s.data) for s in eight.router_bias_LE.addressable_shards]
+    assert len(copies) == 8
+    for copy in copies:
+        np.testing.assert_array_equal(copy, copies[0])
+
+
+def test_optimizer_moments_live_where_their_parameters_do():
+    state, _ = run("fsdp=8", steps=1)
+    moments = [x for x in jax.tree.leaves(state.opt_state) if x.ndim]
+    params = jax.tree.leaves(state.params)
+    assert [m.sharding for m in moments] == [p.sharding for p in params] * 2
+    assert any(not p.sharding.is_fully_replicated for p in params)
+
+
+@pytest.mark.parametrize("reason", ["spike", "nan"])
+def test_a_bad_step_changes_nothing(reason):
+    mesh, init, step = compiled()
+    state = init(jax.random.key(0))
+    batch = place_batch([rows(0)], mesh)
+    limit = np.float32(1.0 if reason == "spike" else np.inf)
+    if reason == "nan":
+        batch = batch._replace(loss_weights_BT=batch.loss_weights_BT.at[0, 0, 0].set(np.nan))
+    after, metrics = step(state, batch, limit)
+    assert int(metrics["skipped"]) == 1
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), jax.device_get(after))
+
+
+def test_violation_is_zero_when_balanced():
+    np.testing.assert_allclose(load_violation(jnp.array([[2, 2, 2, 2], [8, 0, 0, 0]])), [0, 3])
