@@ -84,9 +84,11 @@ def grouped_matmul(
     (m, k), n = x_MK.shape, w.shape[1 if transpose_w else 2]
     if k % 64 or n % 64:
         raise ValueError(f"K and N must be multiples of 64, not {k} and {n}")
-    kernel = _Kernel(_aligned(m), n, k, jnp.dtype(x_MK.dtype), transpose_w)
+    kernel = _Kernel(_aligned(m), _wide(n), k, jnp.dtype(x_MK.dtype), transpose_w)
     x_MK = jnp.pad(x_MK, ((0, kernel.m - m), (0, 0)))
-    return kernel.call(interpret)(*row_tiles(group_sizes, m), x_MK, w)[:m]
+    columns = (0, kernel.n - n)
+    w = jnp.pad(w, ((0, 0), columns, (0, 0)) if transpose_w else ((0, 0), (0, 0), columns))
+    return kernel.call(interpret)(*row_tiles(group_sizes, m), x_MK, w)[:m, :n]
 
 
 def fp8_grouped_matmul(
@@ -106,15 +108,21 @@ def fp8_grouped_matmul(
     (m, k), n = a.values.shape, b.values.shape[1]
     if k % TILE or n % 64:
         raise ValueError(f"K must be a multiple of 128 and N of 64, not {k} and {n}")
-    kernel = _Kernel(_aligned(m), n, k, jnp.dtype(a.values.dtype), True)
+    kernel = _Kernel(_aligned(m), _wide(n), k, jnp.dtype(a.values.dtype), True)
     a_values = jnp.pad(a.values, ((0, kernel.m - m), (0, 0)))
     a_scale = jnp.pad(a.scale, ((0, 0), (0, kernel.m - m)))
+    b_values = jnp.pad(b.values, ((0, 0), (0, kernel.n - n), (0, 0)))
     tiles = row_tiles(group_sizes, m)
-    return kernel.call(interpret)(*tiles, a_values, b.values, a_scale, b.scale)[:m]
+    return kernel.call(interpret)(*tiles, a_values, b_values, a_scale, b.scale)[:m, :n]
 
 
 def _aligned(rows: int) -> int:
     return pl.cdiv(rows, _ALIGNMENT) * _ALIGNMENT
+
+
+def _wide(columns: int) -> int:
+    """At least two stores: Mosaic would put those beyond a single one on top of it."""
+    return max(columns, 2 * _STORE_COLUMNS)
 
 
 @dataclasses.dataclass(frozen=True)

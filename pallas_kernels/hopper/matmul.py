@@ -62,7 +62,7 @@ class Tiling:
 
 def choose_tiling(m: int, n: int, *, b_in_tiles: bool, multiprocessors: int) -> Tiling:
     """A tiling for a shape, from the budget on paper: not yet measured on a device."""
-    # One scale per column as well takes 32 registers more, so a second wave has no room.
+    # With a scale per column as well, a second wave was measured to gain nothing.
     waves = 1 if b_in_tiles else 2
     if waves == 2:
         # A tall tile is cheaper per row, unless it leaves multiprocessors idle.
@@ -112,7 +112,10 @@ def fp8_matmul(
     # the kernel may run past an edge, but the edge itself must lie on that grid. The shapes of
     # the model all do; anything else is copied into place first.
     m_pad, k_pad = _round_up(m, 8), _round_up(k, TILE)
-    n_pad = _round_up(n, _STORE_BYTES // jnp.dtype(out_dtype).itemsize)
+    # A result of a single chunk of columns would be overwritten by the chunks beyond its edge: along
+    # a dimension of one tile, Mosaic takes every coordinate for zero.
+    store_columns = _STORE_BYTES // jnp.dtype(out_dtype).itemsize
+    n_pad = max(_round_up(n, store_columns), 2 * store_columns)
     a_values, b_values = _pad(a.values, (m_pad, k_pad)), _pad(b.values, (n_pad, k_pad))
     a_scale = _pad(a.scale, (pl.cdiv(k, TILE), m_pad))
     b_scale = _pad(b.scale, (pl.cdiv(k, TILE), n_pad)) if b_in_tiles else b.scale
@@ -311,6 +314,16 @@ class _Kernel:
                     ready = refs["full" if wave == 0 else "full_second"]
                     plgpu.barrier_wait(ready.at[slot])
                     wave_rows = pl.ds(wave * self.wave_rows + warpgroup * _ROWS, _ROWS)
+
+                    def multiply(accumulator, wave=wave):
+                        a_ref = refs["a_smem"].at[slot, wave, rows]
+                        plgpu.wgmma(accumulator, a_ref, refs["b_smem"].at[slot].T)
+                        return accumulator[...]
+
+                    if self.b_in_tiles:
+                        # The product first: no registers are left to hold a scale per element
+                        # while the tensor cores work.
+                        partial = pl.run_scoped(multiply, plgpu.ACC(tile_shape, jnp.float32))
                     scale = refs["a_scale_smem"][slot, wave_rows]
                     if self.b_in_tiles:
                         scale_columns = refs["b_scale_smem"][slot]
@@ -318,13 +331,7 @@ class _Kernel:
                         scale = scale * lax.broadcast_in_dim(scale_columns, tile_shape, (1,))
                     else:
                         scale = lax.broadcast_in_dim(scale * scale_b, tile_shape, (0,))
-
-                    def multiply(accumulator, wave=wave):
-                        a_ref = refs["a_smem"].at[slot, wave, rows]
-                        plgpu.wgmma(accumulator, a_ref, refs["b_smem"].at[slot].T)
-                        return accumulator[...]
-
-                    partial = pl.run_scoped(multiply, plgpu.ACC(tile_shape, jnp.float32))
+                        partial = pl.run_scoped(multiply, plgpu.ACC(tile_shape, jnp.float32))
                     if wave == len(totals) - 1:
                         # The scales were read by ordinary loads, whose values are in registers by
                         # now: no proxy fence is needed before TMA may write over them.

@@ -92,6 +92,17 @@ def test_fp8(sizes, interpret):
     np.testing.assert_allclose(np.asarray(got, np.float32), want, rtol=2.0**-8, atol=atol)
 
 
+@simulated_and_real
+def test_one_chunk_of_columns(interpret):
+    x, w, group_sizes = matrices([5, 60], 128, 64)
+    want = reference.grouped_matmul(x, w, group_sizes, out_dtype=jnp.float32)
+    assert_near(hopper.grouped_matmul(x, w, group_sizes, interpret=interpret), want)
+    a, b = quantize.quantize_tiles(x), quantize.quantize_blocks(w.swapaxes(1, 2))
+    got = hopper.fp8_grouped_matmul(a, b, group_sizes, interpret=interpret)
+    assert got.shape == want.shape
+    np.testing.assert_allclose(np.asarray(got, np.float32), want, atol=0.1 * np.abs(want).max())
+
+
 @pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
 @pytest.mark.parametrize("transpose_w", [False, True])
 def test_lowers_without_a_device(fp8, transpose_w):

@@ -22,9 +22,10 @@ JAX_VERSION = tuple(int(part) for part in jax.__version__.split(".")[:2])
 
 # Error of the sum of one tile relative to the sum of magnitudes. FP32 addition rounds by 2^-24 up
 # to 128 times. Hopper's tensor cores keep about 14 bits of the largest product of each 32 and
-# truncate (V3 section 3.5.2), four times in a tile.
+# truncate (V3 section 3.5.2), four times in a tile. Where all terms have one sign the truncations
+# add up: 5.7 * 2^-13 was measured on an H100.
 FP32 = 128 * 2.0**-24
-TENSOR_CORE = 5 * 2.0**-13
+TENSOR_CORE = 8 * 2.0**-13
 
 needs_cluster_simulation = pytest.mark.skipif(
     JAX_VERSION < (0, 12), reason="before 0.12, Pallas simulates no clusters of blocks"
@@ -107,8 +108,9 @@ def test_matches_float64(multiply, tile_error, m, n, k, b_in_tiles):
 
 
 @each_implementation
-def test_bfloat16_result(multiply, tile_error):
-    check(multiply, tile_error, *operands(72, 96, 256), out_dtype=jnp.bfloat16)
+@pytest.mark.parametrize("n", [8, 64, 96])
+def test_bfloat16_result(multiply, tile_error, n):
+    check(multiply, tile_error, *operands(72, n, 256), out_dtype=jnp.bfloat16)
 
 
 def low_precision_sum(a, b, bits=14, products=32):
