@@ -35,7 +35,7 @@ CHANGES = [
     dict(shared="b"),
     dict(waves=1),
     dict(waves=1, shared="none"),
-    dict(waves=1, store_slots=2),
+    dict(waves=1, warpgroups=3),
     dict(group=4),
     dict(group=16),
     dict(stages=3),

@@ -86,7 +86,7 @@ def _row(label, flops, multiply, inputs, error=None):
     print(f"{label:36} {seconds * 1e6:9.1f} us {rate:7.0f} TFLOP/s  {note}", flush=True)
 
 
-def measure(groups: int, rows: int, k: int, n: int, skew: float):
+def measure(groups: int, rows: int, k: int, n: int, skew: float, ragged_dot: bool):
     """Print the rows of one case."""
     sizes = _sizes(groups, rows, skew)
     print(f"\n{groups} groups, {rows} rows ({min(sizes)} to {max(sizes)}), K, N = {k}, {n}")
@@ -98,7 +98,8 @@ def measure(groups: int, rows: int, k: int, n: int, skew: float):
     _row("cuBLAS, BF16, one group", flops, dense, [(x, w[0])])
     in_bf16 = functools.partial(_error, x=x, matrices=lambda g: w[g], sizes=sizes)
     inputs = [(x, w, group_sizes)]
-    _row("lax.ragged_dot, BF16", flops, jax.jit(lax.ragged_dot), inputs, in_bf16)
+    if ragged_dot:
+        _row("lax.ragged_dot, BF16", flops, jax.jit(lax.ragged_dot), inputs, in_bf16)
     _row("ours, BF16", flops, jax.jit(hopper.grouped_matmul), inputs, in_bf16)
     transposed = jax.jit(functools.partial(hopper.grouped_matmul, transpose_w=True))
     w_GNK = jnp.swapaxes(w, 1, 2)
@@ -118,11 +119,12 @@ def main():
     """Parse the command line and print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--skew", type=float, default=0.5, help="spread of log group sizes")
+    parser.add_argument("--no-ragged-dot", action="store_true", help="it takes most of the time")
     arguments = parser.parse_args()
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}")
     for k, n in PRODUCTS:
         for groups, rows in GROUPS:
-            measure(groups, rows, k, n, arguments.skew)
+            measure(groups, rows, k, n, arguments.skew, not arguments.no_ragged_dot)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
 """Block-scaled FP8 matmul on Hopper: TMA, `wgmma` and promotion in registers.
 
-One block of threads computes a tile of ``128 * waves`` rows and 128 columns. A producer warpgroup
-fills a ring of shared-memory stages, each 128 of K, with the tensor memory accelerator. Two
+One block of threads computes a tile of 128 to 256 rows and 128 columns. A producer warpgroup fills
+a ring of shared-memory stages, each 128 of K, with the tensor memory accelerator. Two or three
 consumer warpgroups take 64 rows each, ``waves`` times over: `wgmma` sums 128 of K into a fresh
 accumulator, which is then scaled and added to the FP32 total in registers (V3 section 3.5.2).
-While one warpgroup promotes, the tensor cores work for the other.
+While one warpgroup promotes, the tensor cores work for the others.
 
 Why the pieces are as they are (the budget is in docs/performance.md):
 
 * Two waves: a tile of 256 x 128 needs 3/4 of the shared-memory fills that 128 x 128 needs per
   product. The totals then take 128 registers and the accumulator 64, of the 232 a thread may have.
+* Three consumers where `b` has a scale per column: promotion is twice the work then, and outlasts
+  the `wgmma` of one other consumer.
 * A barrier of its own for each wave's rows: it is a branch, and so keeps the compiler from starting
   the second wave's `wgmma` before the first accumulator is free, which spills registers.
 * A cluster of two blocks that share the rows of ``a`` (or of ``b``) loads those once for both.
@@ -30,11 +32,11 @@ from pallas_kernels.hopper import compat
 from pallas_kernels.hopper.ring import Ring
 from pallas_kernels.reference import TILE, Quantized, has_block_scales
 
-_WARPGROUPS = 2  # consumers; the producer is one more
 _ROWS = 64  # rows of one wgmma instruction
 _STORE_BYTES = 128  # width of a chunk of the result on its way out: one swizzle
 _SHARED_BYTES = 227 * 1024 - 2048  # of a block, less what barriers and alignment take
-_REGISTERS_PRODUCER, _REGISTERS_CONSUMER = 40, 232
+# Of a thread of the producer and of a consumer, by the number of consumers.
+_REGISTERS = {2: (40, 232), 3: (32, 160)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +44,8 @@ class Tiling:
     """What may be tuned; `choose_tiling` has the defaults.
 
     Attributes:
-        waves: Rows of a tile, in units of 128: 1 or 2.
+        waves: How often each consumer takes 64 rows of a tile: 1 or 2.
+        warpgroups: Consumers: 2, or 3 of one wave each. A tile has 64 rows for each and wave.
         shared: Which operand two neighbouring blocks load once for both: "a", "b" or "none".
         stages: Depth of the ring; 0 means as deep as shared memory allows.
         group: Tiles of N that are walked together for every step in M, to stay in L2.
@@ -50,6 +53,7 @@ class Tiling:
     """
 
     waves: int = 2
+    warpgroups: int = 2
     shared: str = "a"
     stages: int = 0
     group: int = 8
@@ -58,26 +62,34 @@ class Tiling:
     def __post_init__(self):
         if self.waves not in (1, 2) or self.shared not in ("a", "b", "none"):
             raise ValueError(f"waves must be 1 or 2 and shared 'a', 'b' or 'none', not {self}")
+        if (self.waves, self.warpgroups) not in ((1, 2), (2, 2), (1, 3)):
+            raise ValueError(f"there are registers for 2 consumers, or 3 of one wave, not {self}")
+
+    @property
+    def rows(self) -> int:
+        """Rows of a tile."""
+        return self.waves * self.warpgroups * _ROWS
 
 
 def choose_tiling(m: int, n: int, *, b_in_tiles: bool, multiprocessors: int) -> Tiling:
-    """A tiling for a shape, from the budget on paper: not yet measured on a device."""
-    # With a scale per column as well, a second wave was measured to gain nothing.
-    waves = 1 if b_in_tiles else 2
-    if waves == 2:
-        # A tall tile is cheaper per row, unless it leaves multiprocessors idle.
-        def cost(waves):
-            tiles = pl.cdiv(m, _WARPGROUPS * _ROWS * waves) * pl.cdiv(n, TILE)
-            return pl.cdiv(tiles, multiprocessors) * waves * (1.0 if waves == 2 else 1.1)
+    """A tiling for a shape, from what was measured on an H100 (docs/performance.md)."""
+    # A tall tile is cheaper per row, unless it leaves multiprocessors idle. With a scale per column
+    # as well, promotion takes so long that two consumers cannot hide it: a third can.
+    tall = Tiling(waves=1, warpgroups=3, store_slots=2) if b_in_tiles else Tiling(waves=2)
+    low = Tiling(waves=1)
 
-        waves = min((1, 2), key=cost)
+    def cost(tiling):
+        tiles = pl.cdiv(m, tiling.rows) * pl.cdiv(n, TILE)
+        return pl.cdiv(tiles, multiprocessors) * tiling.rows * (1.1 if tiling == low else 1.0)
+
+    tiling = min((low, tall), key=cost)
     if pl.cdiv(n, TILE) % 2 == 0:
         shared = "a"
-    elif pl.cdiv(m, _WARPGROUPS * _ROWS * waves) % 2 == 0:
+    elif pl.cdiv(m, tiling.rows) % 2 == 0:
         shared = "b"
     else:
         shared = "none"
-    return Tiling(waves=waves, shared=shared)
+    return dataclasses.replace(tiling, shared=shared)
 
 
 def fp8_matmul(
@@ -112,8 +124,8 @@ def fp8_matmul(
     # the kernel may run past an edge, but the edge itself must lie on that grid. The shapes of
     # the model all do; anything else is copied into place first.
     m_pad, k_pad = _round_up(m, 8), _round_up(k, TILE)
-    # A result of a single chunk of columns would be overwritten by the chunks beyond its edge: along
-    # a dimension of one tile, Mosaic takes every coordinate for zero.
+    # A result of a single chunk of columns would be overwritten by the chunks beyond its edge:
+    # along a dimension of one tile, Mosaic takes every coordinate for zero.
     store_columns = _STORE_BYTES // jnp.dtype(out_dtype).itemsize
     n_pad = max(_round_up(n, store_columns), 2 * store_columns)
     a_values, b_values = _pad(a.values, (m_pad, k_pad)), _pad(b.values, (n_pad, k_pad))
@@ -149,11 +161,12 @@ class _Kernel:
 
     @property
     def wave_rows(self) -> int:
-        return _WARPGROUPS * _ROWS
+        """Rows that all consumers together take at a time."""
+        return self.tiling.warpgroups * _ROWS
 
     @property
     def tile_rows(self) -> int:
-        return self.wave_rows * self.tiling.waves
+        return self.tiling.rows
 
     @property
     def k_steps(self) -> int:
@@ -183,7 +196,7 @@ class _Kernel:
             return self.tiling.stages
         scales = 4 * (self.tile_rows + (TILE if self.b_in_tiles else 0))
         stage = (self.tile_rows + TILE) * TILE + scales
-        store = _WARPGROUPS * self.tiling.store_slots * _ROWS * _STORE_BYTES
+        store = self.tiling.warpgroups * self.tiling.store_slots * _ROWS * _STORE_BYTES
         return (_SHARED_BYTES - store) // stage
 
     def tile(self, index):
@@ -208,7 +221,7 @@ class _Kernel:
             a_scale_smem=plgpu.SMEM((ring, self.tile_rows), jnp.float32),
             b_scale_smem=plgpu.SMEM((ring, TILE), jnp.float32) if self.b_in_tiles else None,
             out_smem=plgpu.SMEM(
-                (_WARPGROUPS, self.tiling.store_slots, _ROWS, self.store_columns),
+                (self.tiling.warpgroups, self.tiling.store_slots, _ROWS, self.store_columns),
                 self.out_dtype,
                 transforms=result,
             ),
@@ -216,10 +229,12 @@ class _Kernel:
             full=plgpu.Barrier(num_arrivals=3 + self.b_in_tiles, num_barriers=ring),
             full_second=plgpu.Barrier(num_barriers=ring) if self.tiling.waves == 2 else None,
             empty=(
-                plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=ring)
+                plgpu.Barrier(num_arrivals=self.tiling.warpgroups, num_barriers=ring)
                 if self.cluster == 1
                 else plgpu.ClusterBarrier(
-                    collective_axes=("cluster",), num_arrivals=_WARPGROUPS, num_barriers=ring
+                    collective_axes=("cluster",),
+                    num_arrivals=self.tiling.warpgroups,
+                    num_barriers=ring,
                 )
             ),
         )
@@ -229,10 +244,10 @@ class _Kernel:
         def body(a, b, a_scale, b_scale, out, *refs):
             refs = dict.fromkeys(scratch) | dict(zip(names, refs, strict=True))
             warpgroup = lax.axis_index("warpgroup")
-            pl.when(warpgroup == _WARPGROUPS)(
+            pl.when(warpgroup == self.tiling.warpgroups)(
                 functools.partial(self.produce, a, b, a_scale, b_scale, refs)
             )
-            pl.when(warpgroup < _WARPGROUPS)(
+            pl.when(warpgroup < self.tiling.warpgroups)(
                 functools.partial(self.consume, warpgroup, b_scale, out, refs)
             )
 
@@ -242,7 +257,7 @@ class _Kernel:
             out_type=jax.ShapeDtypeStruct((self.m, self.n), self.out_dtype),
             grid=(1 if interpret else multiprocessors // self.cluster,),
             grid_names=("sm",),
-            num_threads=_WARPGROUPS + 1,
+            num_threads=self.tiling.warpgroups + 1,
             thread_name="warpgroup",
             scratch_types=[scratch[name] for name in names],
             **in_cluster,
@@ -250,7 +265,7 @@ class _Kernel:
 
     def produce(self, a, b, a_scale, b_scale, refs):
         """Keep the ring full; what the consumers still have to read must not be overwritten."""
-        plgpu.set_max_registers(_REGISTERS_PRODUCER, action="decrease")
+        plgpu.set_max_registers(_REGISTERS[self.tiling.warpgroups][0], action="decrease")
         grid = self.cluster_grid
         a_axis = "cluster" if self.tiling.shared == "a" else None
         b_axis = "cluster" if self.tiling.shared == "b" else None
@@ -289,7 +304,7 @@ class _Kernel:
 
     def consume(self, warpgroup, b_scale, out, refs):
         """Multiply, promote, and store one tile after the other."""
-        plgpu.set_max_registers(_REGISTERS_CONSUMER, action="increase")
+        plgpu.set_max_registers(_REGISTERS[self.tiling.warpgroups][1], action="increase")
         grid = self.cluster_grid
         rows = pl.ds(warpgroup * _ROWS, _ROWS)
         tile_shape = (_ROWS, TILE)

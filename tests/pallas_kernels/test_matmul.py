@@ -188,15 +188,28 @@ def test_of_nothing(multiply, tile_error):
     [
         (512, 128, dict(waves=2, shared="none", stages=2, store_slots=2)),
         (320, 192, dict(waves=2, shared="none", stages=3)),
+        (400, 256, dict(waves=1, warpgroups=3, shared="none", stages=3, store_slots=2)),
         pytest.param(256, 512, dict(waves=2, shared="a", stages=2), marks=needs_cluster_simulation),
         pytest.param(256, 384, dict(waves=1, shared="a", stages=2), marks=needs_cluster_simulation),
         pytest.param(768, 128, dict(waves=2, shared="b", stages=3), marks=needs_cluster_simulation),
     ],
 )
 @needs_simulation
-def test_hopper_tilings(m, n, tiling, out_dtype):
+@pytest.mark.parametrize("b_in_tiles", [False, True])
+def test_hopper_tilings(m, n, tiling, out_dtype, b_in_tiles):
     """Several tiles per block, rings that wrap around, and clusters with a tile too few."""
-    check(simulated(**tiling), FP32, *operands(m, n, 640), out_dtype=out_dtype)
+    multiply = simulated(**tiling)
+    check(multiply, FP32, *operands(m, n, 640, b_in_tiles=b_in_tiles), out_dtype=out_dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("warpgroups", [2, 3])
+@pytest.mark.parametrize("shared", ["none", "a", "b"])
+def test_hopper_tilings_on_the_device(warpgroups, shared):
+    """More tiles than multiprocessors, and a number of tiles that leaves a cluster half empty."""
+    tiling = hopper.Tiling(waves=1, warpgroups=warpgroups, shared=shared)
+    multiply = functools.partial(hopper.fp8_matmul, tiling=tiling)
+    check(multiply, TENSOR_CORE, *operands(1100, 2700, 1000, b_in_tiles=True))
 
 
 @pytest.mark.parametrize("b_in_tiles", [False, True])
