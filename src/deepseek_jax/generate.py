@@ -46,8 +46,8 @@ def generate(
     key: PRNGKeyArray,
     *,
     max_new_tokens: int,
-    temperature: float = 0.6,
-    top_p: float = 0.95,
+    temperature: float | int = 0.6,
+    top_p: float | int = 0.95,
 ) -> Int[Array, "B N"]:
     """Continue prompts of one length by ``max_new_tokens`` tokens each.
 
@@ -76,13 +76,17 @@ def generate(
         prompts_BT,
         key,
         max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
+        temperature=float(temperature),
+        top_p=float(top_p),
     )
 
 
 def sample(
-    logits_BV: Float[Array, "B V"], key: PRNGKeyArray, *, temperature: float, top_p: float
+    logits_BV: Float[Array, "B V"],
+    key: PRNGKeyArray,
+    *,
+    temperature: float | int,
+    top_p: float | int,
 ) -> Int[Array, "B"]:
     """One token per row from softmax(logits / temperature), cut to its nucleus.
 

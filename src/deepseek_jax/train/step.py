@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Float, Int, PRNGKeyArray
 
 from deepseek_jax import sharding
 from deepseek_jax.model.moe import updated_bias
@@ -21,7 +21,7 @@ from deepseek_jax.model.transformer import (
 )
 from deepseek_jax.train.losses import LossParts, Totals
 from deepseek_jax.train.optim import Schedule
-from deepseek_jax.types import Batch, Params, TrainState
+from deepseek_jax.types import Array, Batch, Params, TrainState
 
 Metrics = dict[str, Any]
 # (params, router bias, micro-batch, totals of the step, step) -> (share of the loss, parts)
@@ -81,7 +81,7 @@ def make_train_step(
     return step
 
 
-def load_violation(load_LE: Array) -> Float[Array, "L"]:
+def load_violation(load_LE: Int[Array, "L E"]) -> Float[Array, "L"]:
     """MaxVio per layer: max load / mean load - 1; 0 is perfect balance (Wang et al., 2024)."""
     load = jnp.asarray(load_LE, jnp.float32)
     return load.max(-1) / jnp.maximum(load.mean(-1), 1e-9) - 1
