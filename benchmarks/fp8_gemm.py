@@ -10,6 +10,7 @@ FP32, and by running it twice, because a race shows as a result that moves.
 import argparse
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,7 @@ SHAPES = [
     (8192, 8192, 8192),
 ]
 # What the sweep changes in the default tiling.
-CHANGES = [
+CHANGES: list[dict[str, Any]] = [
     dict(),
     dict(shared="none"),
     dict(shared="b"),

@@ -335,10 +335,12 @@ class _Kernel:
                         plgpu.wgmma(accumulator, a_ref, refs["b_smem"].at[slot].T)
                         return accumulator[...]
 
-                    if self.b_in_tiles:
-                        # The product first: no registers are left to hold a scale per element
-                        # while the tensor cores work.
-                        partial = pl.run_scoped(multiply, plgpu.ACC(tile_shape, jnp.float32))
+                    product = functools.partial(
+                        pl.run_scoped, multiply, plgpu.ACC(tile_shape, jnp.float32)
+                    )
+                    # With a scale per element, the product first: few registers are left to hold
+                    # the scales while the tensor cores work.
+                    partial = product() if self.b_in_tiles else None
                     scale = refs["a_scale_smem"][slot, wave_rows]
                     if self.b_in_tiles:
                         scale_columns = refs["b_scale_smem"][slot]
@@ -346,7 +348,8 @@ class _Kernel:
                         scale = scale * lax.broadcast_in_dim(scale_columns, tile_shape, (1,))
                     else:
                         scale = lax.broadcast_in_dim(scale * scale_b, tile_shape, (0,))
-                        partial = pl.run_scoped(multiply, plgpu.ACC(tile_shape, jnp.float32))
+                    if partial is None:
+                        partial = product()
                     if wave == len(totals) - 1:
                         # The scales were read by ordinary loads, whose values are in registers by
                         # now: no proxy fence is needed before TMA may write over them.
