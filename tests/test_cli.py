@@ -263,3 +263,59 @@ def test_help_fits_on_two_screens():
     assert "dummy" not in stdout  # tyro's inner names
     for option in ("--source", "--model", "--mesh", "--resume", "--steps", "--peak-lr"):
         assert option in stdout
+
+
+# --- convert and generate ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def run_directory(folder) -> Path:
+    """A run of random weights, with its tokenizer."""
+    config = runs.config(folder.out, folder.source, loop=LoopConfig(steps=2, batch_size=4))
+    claim_run_directory(folder.out, run_json(config), resume=False)
+    texts = (path.read_text() for path in sorted(folder.source.iterdir()))
+    train_bpe(texts, config.model.vocab_size).save(folder.out / "tokenizer.json")
+    model = DeepSeekV3(config.model, config.precision)
+    tx = make_optimizer(OptimConfig(), 2)
+    mesh = sharding.make_mesh("data=1", jax.devices()[:1])
+    random = jax.tree.map(
+        lambda x: jnp.full(x.shape, 0.01, x.dtype), abstract_state(model, tx, mesh)
+    )
+    with Checkpointer(folder.out) as saver:
+        saver.save(2, random, data_state={}, rng=jax.random.key(0))
+    return folder.out
+
+
+def test_convert_there_and_generate_from_both_sides(run_directory, tmp_path, capsys):
+    main(["convert", str(run_directory), str(tmp_path / "hf"), "--dtype", "fp32"])
+    main(["convert", "--check", str(tmp_path / "hf")])
+    assert "complete" in capsys.readouterr().out
+    options = ["--max-new-tokens", "4", "--temperature", "0", "--compute", "float32"]
+    texts = []
+    for source in (["--run", str(run_directory)], ["--hf", str(tmp_path / "hf")]):
+        main(["generate", "the", *source, *options])
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    assert texts[0].startswith("the")
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["convert"], "SOURCE and TARGET"),
+        (["convert", "--check", "nowhere"], "nowhere is not a directory"),
+        (["convert", "nowhere", "there"], "nowhere is not a directory"),
+        (["generate", "x"], "--hf DIR or --run DIR"),
+        (["generate", "x", "--run", "nowhere"], "holds no run"),
+        (["generate", "x", "--hf", "nowhere"], "nowhere is not a directory"),
+    ],
+)
+def test_convert_and_generate_refuse_in_one_sentence(words, named, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    stderr = capsys.readouterr().err
+    assert end.value.code == 2
+    assert named in stderr
+    assert stderr.count("\n") == 1
+    assert not (tmp_path / "there").exists()

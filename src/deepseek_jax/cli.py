@@ -7,12 +7,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import jax
 import tyro
 from rich.console import Console
 
-from deepseek_jax.config import PRESETS, ModelConfig, preset
-from deepseek_jax.convert import check_hf, convert_to_hf, convert_to_orbax
+from deepseek_jax.checkpoint import load_params
+from deepseek_jax.checkpoint.files import local_path
+from deepseek_jax.checkpoint.run_directory import read_run
+from deepseek_jax.config import PRESETS, Dtype, ModelConfig, Precision, preset
+from deepseek_jax.convert import check_hf, convert_to_hf, convert_to_orbax, load_hf
 from deepseek_jax.convert.to_hf import SHARD_SIZE
+from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.generate import continue_text
+from deepseek_jax.model.transformer import DeepSeekV3, sharded_params
+from deepseek_jax.sharding import make_mesh, sharding
 from deepseek_jax.train.pretrain import PretrainConfig, pretrain, stored_config
 from deepseek_jax.types import UserError
 
@@ -91,6 +99,59 @@ def _convert(
     Console().print(f"wrote {target}", markup=False, highlight=False)
 
 
+def _generate(
+    prompt: tyro.conf.Positional[str],
+    hf: Path | None = None,
+    run: Path | None = None,
+    max_new_tokens: int = 200,
+    temperature: float = 0.6,
+    top_p: float = 0.95,
+    seed: int = 0,
+    compute: Dtype = "bfloat16",
+    mesh: str = "data=-1",
+) -> None:
+    """Continue a text, from a Hugging Face folder as it is or from a run directory.
+
+    Args:
+        prompt: The text to continue.
+        hf: A Hugging Face folder of the family.
+        run: A run directory (``pretrain``, ``convert``).
+        max_new_tokens: Tokens at the most.
+        temperature: 0 takes the likeliest token.
+        top_p: Cut to the nucleus of this probability.
+        seed: Same seed, same text.
+        compute: Number format of matmuls and of the weights; float32 on CPUs.
+        mesh: Devices that the weights are spread over, as in ``fsdp=8``.
+    """
+    if (hf is None) == (run is None):
+        raise UserError("generate takes --hf DIR or --run DIR, one of the two.")
+    devices = make_mesh(mesh)
+    precision = Precision(params=compute, compute=compute)
+    folder = hf or run
+    assert folder is not None
+    if hf is not None:
+        config, params, bias = load_hf(hf, dtype=compute, mesh=devices)
+    else:
+        config = ModelConfig.from_hf(read_run(local_path(folder))["model"])
+        abstract = sharded_params(DeepSeekV3(config, precision), devices)
+        params, bias, _ = load_params(folder, abstract)
+        bias = jax.device_put(bias, sharding(devices))
+    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    with jax.set_mesh(devices):
+        text = continue_text(
+            DeepSeekV3(config, precision),
+            params,
+            bias,
+            tokenizer,
+            prompt,
+            seed=seed,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+        )
+    Console().print(prompt + text, markup=False, highlight=False, soft_wrap=True)
+
+
 def main(args: list[str] | None = None) -> None:
     """The ``deepseek-jax`` command."""
     words = sys.argv[1:] if args is None else args
@@ -101,7 +162,7 @@ def main(args: list[str] | None = None) -> None:
 
     with _bad_input_is_a_sentence(), _REGISTRY:
         tyro.extras.subcommand_cli_from_dict(
-            {"pretrain": command, "convert": _convert},
+            {"pretrain": command, "convert": _convert, "generate": _generate},
             prog="deepseek-jax",
             description="DeepSeek-V3 and R1 in JAX.",
             args=words,

@@ -1,9 +1,11 @@
 """Sampling from a model over its latent cache: one prefill, then one token at a time."""
 
 import functools
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from deepseek_jax.model.transformer import DeepSeekV3, init_cache
@@ -79,6 +81,52 @@ def generate(
         temperature=float(temperature),
         top_p=float(top_p),
     )
+
+
+@runtime_checkable
+class TextTokenizer(Protocol):
+    """What ``continue_text`` asks of a tokenizer (``data.tokenizer.Tokenizer`` is one)."""
+
+    bos_id: int | None
+    eos_id: int | None
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text."""
+        ...
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of ids."""
+        ...
+
+
+def continue_text(
+    model: DeepSeekV3,
+    params: Params,
+    router_bias_LE: Float[Array, "L E"],
+    tokenizer: TextTokenizer,
+    prompt: str,
+    *,
+    seed: int = 0,
+    max_new_tokens: int = 200,
+    temperature: float | int = 0.6,
+    top_p: float | int = 0.95,
+) -> str:
+    """What the model says after ``prompt``, up to the end-of-sequence token. See ``generate``."""
+    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    ids_1N = generate(
+        model,
+        params,
+        router_bias_LE,
+        jnp.asarray([bos + tokenizer.encode(prompt)], jnp.int32),
+        jax.random.key(seed),
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+    )
+    ids = np.asarray(ids_1N[0]).tolist()
+    if tokenizer.eos_id in ids:
+        ids = ids[: ids.index(tokenizer.eos_id)]
+    return tokenizer.decode(ids)
 
 
 def sample(

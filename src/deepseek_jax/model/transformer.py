@@ -6,8 +6,10 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from deepseek_jax import sharding
 from deepseek_jax.config import FLOAT32, ModelConfig, Precision, RematPolicy
 from deepseek_jax.model.attention import MLA, LayerCache, Positions
 from deepseek_jax.model.layers import FeedForward, LogicalAxes, ParamModule, rms_norm
@@ -264,6 +266,16 @@ def init_cache(config: ModelConfig, batch: int, slots: int, dtype: Any = jnp.flo
         jnp.zeros((L, batch, slots, R), dtype),
         jnp.zeros((L, batch, slots, P), dtype),
         jnp.zeros((batch,), jnp.int32),
+    )
+
+
+def sharded_params(model: DeepSeekV3, mesh: Mesh) -> Params:
+    """``abstract_params``, each leaf with its place on the mesh: what a loader fills."""
+    where = sharding.param_shardings(mesh, logical_axes(model))
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        abstract_params(model),
+        where,
     )
 
 

@@ -26,7 +26,7 @@ from deepseek_jax.data.pipeline import (
     train_batches,
 )
 from deepseek_jax.data.tokenizer import Tokenizer
-from deepseek_jax.generate import generate
+from deepseek_jax.generate import continue_text
 from deepseek_jax.model.transformer import DeepSeekV3, param_counts
 from deepseek_jax.plan import training_flops_per_token
 from deepseek_jax.report import (
@@ -278,7 +278,15 @@ def _finish(
 ) -> Result:
     """Pictures, baselines, a sample; printed by the first process."""
     baselines = measure_baselines(config.data, tokenizer)
-    text = _sample(config, model, tokenizer, outcome.state)
+    text = config.prompt + continue_text(
+        dataclasses.replace(model, remat="none"),
+        outcome.state.params,
+        outcome.state.router_bias_LE,
+        tokenizer,
+        config.prompt,
+        seed=config.loop.init_seed,
+        max_new_tokens=config.sample_tokens,
+    )
     if jax.process_index() == 0:
         plot_loss(
             read_metrics(config.out / "metrics.jsonl"),
@@ -299,23 +307,3 @@ def _finish(
         console.print(f"loss {evaluation.loss:.4f} nats per token\n\nsample:\n{text}\n")
         console.print(f"pictures: {config.out / 'loss.png'}, {config.out / 'expert_load.png'}")
     return Result(outcome, evaluation, baselines, text)
-
-
-def _sample(
-    config: PretrainConfig, model: DeepSeekV3, tokenizer: Tokenizer, state: TrainState
-) -> str:
-    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    prompt = jnp.asarray([bos + tokenizer.encode(config.prompt)], jnp.int32)
-    key = jax.random.key(config.loop.init_seed)
-    ids = generate(
-        dataclasses.replace(model, remat="none"),
-        state.params,
-        state.router_bias_LE,
-        prompt,
-        key,
-        max_new_tokens=config.sample_tokens,
-    )
-    kept = np.asarray(ids[0]).tolist()
-    if tokenizer.eos_id in kept:
-        kept = kept[: kept.index(tokenizer.eos_id)]
-    return config.prompt + tokenizer.decode(kept)
