@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax import DeepSeekV3, ModelConfig, sharding
-from deepseek_jax.config import FLOAT32, preset
+from deepseek_jax.config import FLOAT32
 from deepseek_jax.data.pipeline import DataConfig, fit_tokenizer, train_batches
+from deepseek_jax.presets import preset
 from deepseek_jax.train import optim
 from deepseek_jax.train.loop import jit_step
 from deepseek_jax.train.losses import pretrain_loss

@@ -20,11 +20,12 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from deepseek_jax.config import ModelConfig, preset
+from deepseek_jax.config import ModelConfig
 from deepseek_jax.convert import convert_to_hf, convert_to_orbax
 from deepseek_jax.convert.folder import HFFolder
 from deepseek_jax.convert.shards import ShardWriter, TensorSpec
 from deepseek_jax.convert.table import entries
+from deepseek_jax.presets import preset
 
 GB = 1e9
 

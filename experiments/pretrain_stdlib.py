@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from deepseek_jax.cli import run_recipe
-from deepseek_jax.config import FLOAT32, preset
+from deepseek_jax.config import FLOAT32
 from deepseek_jax.data.pipeline import DataConfig
+from deepseek_jax.presets import preset
 from deepseek_jax.train.loop import LoopConfig
 from deepseek_jax.train.optim import OptimConfig
 from deepseek_jax.train.pretrain import PretrainConfig, pretrain

@@ -8,8 +8,9 @@ import numpy as np
 from safetensors import deserialize
 from safetensors.numpy import save_file
 
-from deepseek_jax.config import ModelConfig, preset
+from deepseek_jax.config import ModelConfig
 from deepseek_jax.convert.table import SCALE, entries
+from deepseek_jax.presets import preset
 
 # No dimension is a multiple of 128, some are larger; the rotated rows of every head lie in one
 # block of 128 rows, as in the released models (with a head of 24 + 8 = 32).

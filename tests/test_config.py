@@ -5,7 +5,7 @@ import json
 import pytest
 
 from deepseek_jax import ModelConfig, UserError, param_counts, preset
-from deepseek_jax.config import PRESETS
+from deepseek_jax.presets import PRESETS
 from tests.configs import MICRO
 
 # SPEC: the totals of V3 and K2 are those of the released tensor maps, to the parameter.

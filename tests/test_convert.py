@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from deepseek_jax.checkpoint import load_params
-from deepseek_jax.config import preset
 from deepseek_jax.convert import (
     check_hf,
     convert_to_hf,
@@ -20,6 +19,7 @@ from deepseek_jax.convert import (
 )
 from deepseek_jax.convert.memory import insert, leaves
 from deepseek_jax.model.transformer import DeepSeekV3, abstract_params
+from deepseek_jax.presets import preset
 from deepseek_jax.types import UserError
 from tests.convert_folders import V2_LITE, V3, as_read, random_tensors, read_folder, write_folder
 

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from deepseek_jax.config import ModelConfig, Precision, preset
+from deepseek_jax.config import ModelConfig, Precision
 from deepseek_jax.model.transformer import (
     DeepSeekV3,
     ParamCounts,
@@ -11,6 +11,7 @@ from deepseek_jax.model.transformer import (
     init_router_bias,
     param_counts,
 )
+from deepseek_jax.presets import preset
 from deepseek_jax.types import Batch, KVCache, TrainState, UserError
 
 if TYPE_CHECKING:

@@ -14,12 +14,13 @@ from rich.console import Console
 from deepseek_jax.checkpoint import load_params
 from deepseek_jax.checkpoint.files import local_path
 from deepseek_jax.checkpoint.run_directory import read_run
-from deepseek_jax.config import PRESETS, Dtype, ModelConfig, Precision, preset
+from deepseek_jax.config import Dtype, ModelConfig, Precision
 from deepseek_jax.convert import check_hf, convert_to_hf, convert_to_orbax, load_hf
 from deepseek_jax.convert.to_hf import SHARD_SIZE
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.generate import continue_text
 from deepseek_jax.model.transformer import DeepSeekV3, sharded_params
+from deepseek_jax.presets import PRESETS, preset
 from deepseek_jax.sharding import make_mesh, sharding
 from deepseek_jax.train.pretrain import PretrainConfig, pretrain, stored_config
 from deepseek_jax.types import UserError

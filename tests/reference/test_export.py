@@ -9,9 +9,10 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from deepseek_jax import DeepSeekV3, forward  # noqa: E402
-from deepseek_jax.config import FLOAT32, preset  # noqa: E402
+from deepseek_jax.config import FLOAT32  # noqa: E402
 from deepseek_jax.convert import export_hf  # noqa: E402
 from deepseek_jax.model.transformer import abstract_params  # noqa: E402
+from deepseek_jax.presets import preset  # noqa: E402
 from tests.reference.test_logits import CONFIGS  # noqa: E402
 from tests.reference.torch_models import QUICK_COMPILE  # noqa: E402
 

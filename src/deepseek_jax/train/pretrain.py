@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from deepseek_jax import sharding
 from deepseek_jax.checkpoint import Checkpointer, claim_run_directory, load_params
 from deepseek_jax.checkpoint.run_directory import read_run
-from deepseek_jax.config import ModelConfig, Precision, RematPolicy, preset
+from deepseek_jax.config import ModelConfig, Precision, RematPolicy
 from deepseek_jax.data.baselines import Baselines, measure_baselines
 from deepseek_jax.data.pipeline import (
     DataConfig,
@@ -29,6 +29,7 @@ from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.generate import continue_text
 from deepseek_jax.model.transformer import DeepSeekV3, param_counts
 from deepseek_jax.plan import training_flops_per_token
+from deepseek_jax.presets import preset
 from deepseek_jax.report import (
     MetricsWriter,
     Progress,
