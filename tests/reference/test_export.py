@@ -10,7 +10,7 @@ transformers = pytest.importorskip("transformers")
 
 from deepseek_jax import DeepSeekV3, forward  # noqa: E402
 from deepseek_jax.config import FLOAT32  # noqa: E402
-from deepseek_jax.convert import export_hf  # noqa: E402
+from deepseek_jax.convert import export_hf, load_hf  # noqa: E402
 from deepseek_jax.model.transformer import abstract_params  # noqa: E402
 from deepseek_jax.presets import preset  # noqa: E402
 from tests.reference.test_logits import CONFIGS  # noqa: E402
@@ -81,6 +81,39 @@ def test_mtp_equals_transformers_module(tmp_path):
 
     (ours,) = jax.jit(mtp_logits, compiler_options=QUICK_COMPILE)(params, tokens)
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4 * theirs.std())
+
+
+def test_fp8_export_opens_in_transformers(tmp_path):
+    """Multiplied out by transformers on opening. Its blocks must be whole: widths of 128."""
+    config = CONFIGS["v3"].replace(
+        hidden_size=128,
+        num_attention_heads=4,
+        q_lora_rank=128,
+        kv_lora_rank=128,
+        qk_rope_head_dim=128,
+        qk_nope_head_dim=64,
+        v_head_dim=64,
+        intermediate_size=256,
+        moe_intermediate_size=128,
+    )
+    params, bias = random_params(config)
+    export_hf(tmp_path, config, params, bias, dtype="fp8")
+    multiply_out = transformers.FineGrainedFP8Config(dequantize=True)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.bfloat16, quantization_config=multiply_out
+    )
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, 20))
+    with torch.no_grad():
+        expected = theirs.eval().float()(torch.from_numpy(tokens)).logits.numpy()
+    config, params, bias = load_hf(tmp_path, dtype="bfloat16")
+    params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+    ours = jax.jit(
+        lambda params: forward(config, params, bias, jnp.asarray(tokens)),
+        compiler_options=QUICK_COMPILE,
+    )(params)
+    # Measured 1.6e-4: transformers runs its default attention here, not the eager one. A block
+    # with another's scale shows as more than 1.
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=5e-4 * expected.std())
 
 
 @pytest.mark.slow
