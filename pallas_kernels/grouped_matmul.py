@@ -2,6 +2,10 @@
 
 ``jax.lax.ragged_dot`` does G times the work on CPU (a dense product with every group, then a
 mask) and about a thirtieth of the dense rate on Hopper, so it is used on TPU alone.
+
+The groups need not fill the array. Rows past the last group are padding: they come out as zeros,
+take part in no sum whatever they hold (a NaN included), and get a zero gradient. Expert
+parallelism needs this, because how many tokens arrive is known on the device only.
 """
 
 import functools
@@ -31,20 +35,51 @@ def grouped_matmul(
     Args:
         x_MK: rows in group order; the first ``group_sizes[0]`` belong to group 0, and so on.
         w_GKN: one matrix per group.
-        group_sizes_G: rows of each group, 0 allowed; the sum must be M.
+        group_sizes_G: rows of each group, 0 allowed. The sum may be less than M, never more.
         impl: ``blocked`` loops over row blocks of one group each, so work is proportional to
-            the rows present; ``ragged_dot`` is XLA's; ``auto`` takes ragged_dot on TPU.
+            the rows of the groups, padding not counted; ``ragged_dot`` is XLA's; ``auto`` takes
+            ragged_dot on TPU.
 
     Returns:
         ``[M, N]`` in the dtype of ``x``; sums are float32.
     """
+    x_MK, w_GKN, group_sizes_G = _varying_alike(x_MK, w_GKN, group_sizes_G)
     if impl == "auto":
         impl = "ragged_dot" if jax.default_backend() == "tpu" else "blocked"
     if impl == "ragged_dot":
-        out = jax.lax.ragged_dot(x_MK, w_GKN, group_sizes_G, preferred_element_type=jnp.float32)
-        return out.astype(x_MK.dtype)
+        return _ragged_dot(x_MK, w_GKN, group_sizes_G)
+    if x_MK.shape[0] == 0:
+        return jnp.zeros((0, w_GKN.shape[2]), x_MK.dtype)
     rows = min(_BLOCK_ROWS.get(jax.default_backend(), _BLOCK_ROWS_ELSEWHERE), x_MK.shape[0])
     return _blocked(x_MK, w_GKN, group_sizes_G, rows)
+
+
+def _varying_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """The same arrays, all varying over the mesh axes of `shard_map` that any of them varies over.
+
+    With ``check_vma``, loops and `custom_vjp` want this said; the gradient of what was the same on
+    all devices is then summed over them, by the transpose of `pcast`.
+    """
+
+    def axes(array):
+        kind = getattr(jax.typeof(array), "manual_axis_type", None)
+        return kind.varying if kind is not None else frozenset()
+
+    union = frozenset().union(*map(axes, arrays))
+
+    def vary(array):
+        missing = tuple(sorted(union - axes(array)))
+        return jax.lax.pcast(array, missing, to="varying") if missing else array
+
+    return tuple(map(vary, arrays))
+
+
+def _ragged_dot(x_MK: jax.Array, w_GKN: jax.Array, sizes_G: jax.Array) -> jax.Array:
+    """XLA's, with padding rows made zeros on the way in and, for the gradient, on the way out."""
+    inside_M1 = (jnp.arange(x_MK.shape[0]) < jnp.sum(sizes_G))[:, None]
+    x_MK = jnp.where(inside_M1, x_MK, 0)
+    out = jax.lax.ragged_dot(x_MK, w_GKN, sizes_G, preferred_element_type=jnp.float32)
+    return jnp.where(inside_M1, out, 0).astype(x_MK.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -103,6 +138,7 @@ def _rows_times_group(x_MK, w_GKN, sizes_G, rows: int, *, contract_w: int) -> ja
     M, G = x_MK.shape[0], w_GKN.shape[0]
     count, group, first, end = _blocks(sizes_G, rows, _most_blocks(M, G, rows))
     out = jnp.zeros((M, w_GKN.shape[2 - contract_w]), x_MK.dtype)
+    out, _ = _varying_alike(out, x_MK)
 
     def body(i, out):
         start, own = _own_rows(first[i], end[i], rows, M)
@@ -133,4 +169,5 @@ def _rows_times_rows(x_MK, dy_MN, sizes_G, rows: int) -> jax.Array:
         return dw.at[group[i]].add(part)
 
     dw = jnp.zeros((G, x_MK.shape[1], dy_MN.shape[1]), jnp.float32)
+    dw, _ = _varying_alike(dw, x_MK)
     return jax.lax.fori_loop(0, count, body, dw)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 TILE = 128
 """Elements that share one scale along a contracted axis (V3 section 3.3.2)."""
@@ -157,21 +157,29 @@ def grouped_matmul(
 ) -> Float[Array, "M N"]:
     """Rows of ``x`` in G consecutive groups, each times its group's matrix.
 
-    Group g has the next ``group_sizes[g]`` rows; rows past the last group come out as zeros.
+    Group g has the next ``group_sizes[g]`` rows. Rows past the last group are padding: they come
+    out as zeros, and what they hold affects neither results nor gradients.
     """
-    x_MK, w_GKN = x_MK.astype(jnp.float32), w_GKN.astype(jnp.float32)
-    out_GMN = jnp.einsum("MK,GKN->GMN", x_MK, w_GKN, precision="highest")
-    return _own_group(out_GMN, group_sizes).astype(out_dtype)
+    own_GM1 = _own_rows(group_sizes, x_MK.shape[0])[:, :, None]
+    # Masked before the product as well: else a gradient would multiply zeros by what others hold.
+    x_GMK = jnp.where(own_GM1, x_MK.astype(jnp.float32), 0.0)
+    out_GMN = jnp.einsum("GMK,GKN->GMN", x_GMK, w_GKN.astype(jnp.float32), precision="highest")
+    return jnp.sum(jnp.where(own_GM1, out_GMN, 0.0), axis=0).astype(out_dtype)
 
 
 def fp8_grouped_matmul(
     a: Quantized, b: Quantized, group_sizes: Int[Array, "G"], *, out_dtype=jnp.bfloat16
 ) -> Float[Array, "M N"]:
-    """The grouped form of `fp8_matmul`: ``b`` holds a matrix and block scales per group."""
+    """The grouped form of `fp8_matmul`: ``b`` holds a matrix and block scales per group.
+
+    Rows past the last group are padding and come out as zeros.
+    """
     out_GMN = jax.vmap(
         lambda values, scale: fp8_matmul(a, Quantized(values, scale), out_dtype=jnp.float32)
     )(b.values, b.scale)
-    return _own_group(out_GMN, group_sizes).astype(out_dtype)
+    own_GM1 = _own_rows(group_sizes, a.values.shape[0])[:, :, None]
+    # where, not a product: another group's overflow must not turn a zero into NaN.
+    return jnp.sum(jnp.where(own_GM1, out_GMN, 0.0), axis=0).astype(out_dtype)
 
 
 def fp8_grouped_wgrad(
@@ -183,19 +191,13 @@ def fp8_grouped_wgrad(
     group may end inside a tile; a kernel may sum in any order within a group.
     """
     a_MK, b_NK = dequantize(a), dequantize(b)
-    group_K = jnp.repeat(
-        jnp.arange(group_sizes.shape[0]), group_sizes, total_repeat_length=a_MK.shape[1]
-    )
-    in_some_K = jnp.arange(a_MK.shape[1]) < jnp.sum(group_sizes)
-    mask_GK = (group_K == jnp.arange(group_sizes.shape[0])[:, None]) & in_some_K
-    return jnp.einsum(
-        "GK,MK,NK->GMN", mask_GK.astype(jnp.float32), a_MK, b_NK, precision="highest"
-    ).astype(out_dtype)
+    own_GK = _own_rows(group_sizes, a_MK.shape[1])[:, None, :]
+    a_GMK, b_GNK = (jnp.where(own_GK, x, 0.0) for x in (a_MK, b_NK))
+    return jnp.einsum("GMK,GNK->GMN", a_GMK, b_GNK, precision="highest").astype(out_dtype)
 
 
-def _own_group(out_GMN: Float[Array, "G M N"], group_sizes: Int[Array, "G"]) -> Float[Array, "M N"]:
+def _own_rows(group_sizes: Int[Array, "G"], m: int) -> Bool[Array, "G M"]:
+    """Which of m rows belong to each group."""
     ends_G = jnp.cumsum(group_sizes)
-    row_M = jnp.arange(out_GMN.shape[1])
-    own_GM = (row_M < ends_G[:, None]) & (row_M >= (ends_G - group_sizes)[:, None])
-    # where, not a product: another group's overflow must not turn a zero into NaN.
-    return jnp.sum(jnp.where(own_GM[:, :, None], out_GMN, 0.0), axis=0)
+    row_M = jnp.arange(m)
+    return (row_M < ends_G[:, None]) & (row_M >= (ends_G - group_sizes)[:, None])

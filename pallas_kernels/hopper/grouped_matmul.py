@@ -8,7 +8,8 @@ shared memory half as often.
 No row is moved or padded. A tile starts at the last multiple of 8 rows before its group (Mosaic
 tiles memory by 8 rows), computes a few rows of a neighbouring group where it must, and stores only
 its own. The list of tiles is made from the group sizes on the device, so work is proportional to
-the rows that are there and nothing is recompiled when they move between groups.
+the rows that are there and nothing is recompiled when they move between groups. Rows past the last
+group have tiles too, which load nothing and store zeros.
 """
 
 import dataclasses
@@ -38,26 +39,28 @@ _REGISTERS_PRODUCER, _REGISTERS_CONSUMER = 40, 232
 
 
 def row_tiles(group_sizes: Int[Array, "G"], m: int) -> tuple[jax.Array, ...]:
-    """The tiles of M that the groups need.
+    """The tiles of M that the groups need, and then those of the rows past the last group.
 
     Returns:
-        Five int32 arrays: the number of tiles [1], and for each tile its group, its first row, and
-        the range of rows that it may store. Entries past the number of tiles are not used.
+        Five int32 arrays: the number of tiles [1], and for each tile its group (G past the last
+        one), its first row, and the range of rows that it may store. Entries past the number of
+        tiles are not used.
     """
-    ends_G = jnp.cumsum(group_sizes.astype(jnp.int32))
-    starts_G = ends_G - group_sizes
-    first_G = starts_G // _ALIGNMENT * _ALIGNMENT
-    tiles_G = jnp.where(group_sizes > 0, -((first_G - ends_G) // _TILE_ROWS), 0)
-    tile_ends_G = jnp.cumsum(tiles_G)
-    groups = group_sizes.shape[0]
-    most = (m + (_ALIGNMENT - 1) * groups) // _TILE_ROWS + groups
+    sizes = group_sizes.astype(jnp.int32)
+    sizes = jnp.append(sizes, m - jnp.sum(sizes))
+    ends = jnp.cumsum(sizes)
+    starts = ends - sizes
+    first = starts // _ALIGNMENT * _ALIGNMENT
+    tiles = jnp.where(sizes > 0, -((first - ends) // _TILE_ROWS), 0)
+    tile_ends = jnp.cumsum(tiles)
+    most = (m + (_ALIGNMENT - 1) * len(sizes)) // _TILE_ROWS + len(sizes)
     index = jnp.arange(most, dtype=jnp.int32)
-    group = jnp.sum(index[:, None] >= tile_ends_G, axis=1, dtype=jnp.int32)
-    group = jnp.minimum(group, groups - 1)
-    row = first_G[group] + (index - (tile_ends_G - tiles_G)[group]) * _TILE_ROWS
-    low = jnp.maximum(row, starts_G[group])
-    high = jnp.minimum(row + _TILE_ROWS, ends_G[group])
-    return tile_ends_G[-1:], group, row, low, high
+    group = jnp.sum(index[:, None] >= tile_ends, axis=1, dtype=jnp.int32)
+    group = jnp.minimum(group, len(sizes) - 1)
+    row = first[group] + (index - (tile_ends - tiles)[group]) * _TILE_ROWS
+    low = jnp.maximum(row, starts[group])
+    high = jnp.minimum(row + _TILE_ROWS, ends[group])
+    return tile_ends[-1:], group, row, low, high
 
 
 def grouped_matmul(
@@ -74,7 +77,7 @@ def grouped_matmul(
         x_MK: rows in group order, bfloat16.
         w: [G, K, N], a matrix per group, bfloat16; [G, N, K] with ``transpose_w``, as the input
             gradient needs it.
-        group_sizes: rows of each group, 0 allowed; rows past their sum come out undefined.
+        group_sizes: rows of each group, 0 allowed; rows past their sum come out as zeros.
         transpose_w: whether the last axis of ``w`` is the contracted one.
         interpret: simulate on the CPU.
 
@@ -88,7 +91,7 @@ def grouped_matmul(
     x_MK = jnp.pad(x_MK, ((0, kernel.m - m), (0, 0)))
     columns = (0, kernel.n - n)
     w = jnp.pad(w, ((0, 0), columns, (0, 0)) if transpose_w else ((0, 0), (0, 0), columns))
-    return kernel.call(interpret)(*row_tiles(group_sizes, m), x_MK, w)[:m, :n]
+    return kernel.call(interpret)(*row_tiles(group_sizes, kernel.m), x_MK, w)[:m, :n]
 
 
 def fp8_grouped_matmul(
@@ -99,7 +102,7 @@ def fp8_grouped_matmul(
     Args:
         a: [M, K] values with 1x128 tile scales, rows in group order.
         b: [G, N, K] values with 128x128 block scales.
-        group_sizes: rows of each group, 0 allowed; rows past their sum come out undefined.
+        group_sizes: rows of each group, 0 allowed; rows past their sum come out as zeros.
         interpret: simulate on the CPU.
 
     Raises:
@@ -112,7 +115,7 @@ def fp8_grouped_matmul(
     a_values = jnp.pad(a.values, ((0, kernel.m - m), (0, 0)))
     a_scale = jnp.pad(a.scale, ((0, 0), (0, kernel.m - m)))
     b_values = jnp.pad(b.values, ((0, 0), (0, kernel.n - n), (0, 0)))
-    tiles = row_tiles(group_sizes, m)
+    tiles = row_tiles(group_sizes, kernel.m)
     return kernel.call(interpret)(*tiles, a_values, b_values, a_scale, b.scale)[:m, :n]
 
 
@@ -177,9 +180,11 @@ class _Kernel:
             warpgroup = lax.axis_index("warpgroup")
 
             def tile(info):
-                """Entries of the list of tiles, and the column, of a step of the grid."""
+                """Entries of the list of tiles, the column, and how much of K is to be summed."""
                 t, n_tile = plgpu.planar_snake(info.index[0], (count[0], self.n_tiles), 0, _CHUNK)
-                return group[t], pl.multiple_of(row[t], _ALIGNMENT), low[t], high[t], n_tile
+                k_steps = lax.select(group[t] < b.shape[0], jnp.int32(self.k_steps), jnp.int32(0))
+                first = pl.multiple_of(row[t], _ALIGNMENT)
+                return group[t], first, low[t], high[t], n_tile, k_steps
 
             steps = (count[0] * self.n_tiles,)
             pl.when(warpgroup == _WARPGROUPS)(
@@ -209,7 +214,7 @@ class _Kernel:
 
         @plgpu.nd_loop(steps, collective_axes="sm", init_carry=ring.start())
         def per_tile(info, carry):
-            group, row, _, _, n_tile = tile(info)
+            group, row, _, _, n_tile, k_steps = tile(info)
             rows = pl.ds(row, _TILE_ROWS)
 
             def step(k, position):
@@ -230,7 +235,7 @@ class _Kernel:
                     load(source, refs["b_smem"].at[slot, half], barrier)
                 return ring.advance(position)
 
-            return lax.fori_loop(0, self.k_steps, step, carry)
+            return lax.fori_loop(0, k_steps, step, carry)
 
         ring.drain(per_tile, empty)
 
@@ -241,8 +246,8 @@ class _Kernel:
 
         @plgpu.nd_loop(steps, collective_axes="sm", init_carry=jnp.int32(0))
         def per_tile(info, carry):
-            group, row, low, high, n_tile = tile(info)
-            slot, totals = mainloop(carry, group, n_tile, warpgroup, b_scale, refs)
+            group, row, low, high, n_tile, k_steps = tile(info)
+            slot, totals = mainloop(carry, group, n_tile, k_steps, warpgroup, b_scale, refs)
             first = pl.multiple_of(row + warpgroup * _ROWS, _ALIGNMENT)
             self.store(warpgroup, first, low, high, n_tile, totals, out, refs)
             return slot
@@ -254,7 +259,7 @@ class _Kernel:
         b = refs["b_smem"].at[slot, half]
         return a, b.T if self.transpose_w else b
 
-    def sum_bf16(self, slot, group, n_tile, warpgroup, b_scale, refs):
+    def sum_bf16(self, slot, group, n_tile, k_steps, warpgroup, b_scale, refs):
         """All of K in the accumulators of the tensor cores, one product always in flight."""
         del group, n_tile, b_scale
         shape = (_ROWS, _TILE_COLUMNS // 2)
@@ -274,18 +279,23 @@ class _Kernel:
 
                 return Ring(_STAGES).next_slot(slot), slot
 
-            carry = lax.fori_loop(0, self.k_steps, step, (slot, slot))
+            carry = lax.fori_loop(0, k_steps, step, (slot, slot))
             totals = first[...], second[...]
-            plgpu.barrier_arrive(refs["empty"].at[carry[1]])
+
+            @pl.when(k_steps > 0)
+            def _():
+                plgpu.barrier_arrive(refs["empty"].at[carry[1]])
+
             return carry[0], totals
 
         accumulator = plgpu.ACC(shape, jnp.float32)
         return pl.run_scoped(mainloop, accumulator, accumulator)
 
-    def sum_fp8(self, slot, group, n_tile, warpgroup, b_scale, refs):
+    def sum_fp8(self, slot, group, n_tile, k_steps, warpgroup, b_scale, refs):
         """Every 128 of K promoted into FP32 registers, as in `pallas_kernels.hopper.matmul`."""
         shape = (_ROWS, _TILE_COLUMNS // 2)
         last_block = b_scale.shape[1] - 1
+        group = lax.min(group, jnp.int32(b_scale.shape[0] - 1))
 
         def block_scales(k):
             k = lax.min(k, jnp.int32(self.k_steps - 1))
@@ -317,7 +327,7 @@ class _Kernel:
 
         zeros = jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.float32)
         start = slot, block_scales(jnp.int32(0)), zeros
-        slot, _, totals = lax.fori_loop(0, self.k_steps, step, start)
+        slot, _, totals = lax.fori_loop(0, k_steps, step, start)
         return slot, totals
 
     def store(self, warpgroup, first, low, high, n_tile, totals, out, refs):

@@ -40,9 +40,8 @@ SIZES_AT_EDGES = st.sampled_from([0, 1, 7, 8, 9, 127, 128, 129, 300, 511])
 @settings(max_examples=60, deadline=None)
 @given(st.lists(SIZES_AT_EDGES, min_size=9, max_size=9))
 def test_every_row_is_stored_once_and_by_its_group(sizes):
-    m = sum(sizes)
-    # One shape for all examples, so that one compilation serves them all.
-    lists = row_tiles(jnp.asarray(sizes, jnp.int32), 9 * 512)
+    m = 9 * 512  # one shape for all examples, so that one compilation serves them all
+    lists = row_tiles(jnp.asarray(sizes, jnp.int32), m)
     count, group, row, low, high = (np.asarray(x) for x in lists)
     owner = np.full(m, -1)
     for t in range(count[0]):
@@ -50,14 +49,18 @@ def test_every_row_is_stored_once_and_by_its_group(sizes):
         assert row[t] <= low[t] < high[t] <= row[t] + 128
         assert (owner[low[t] : high[t]] == -1).all(), "stored twice"
         owner[low[t] : high[t]] = group[t]
-    np.testing.assert_array_equal(owner, np.repeat(np.arange(len(sizes)), sizes))
+    padding = m - sum(sizes)
+    np.testing.assert_array_equal(owner, np.repeat(np.arange(10), [*sizes, padding]))
     # Work is proportional to rows: at most one tile of each group is not full.
-    assert count[0] <= sum(-(-(size + 7) // 128) for size in sizes if size)
+    multiplied = sum(group[: count[0]] < 9)
+    assert multiplied <= sum(-(-(size + 7) // 128) for size in sizes if size)
 
 
-def matrices(sizes, k, n, seed=0):
+def matrices(sizes, k, n, seed=0, padding=0):
+    """Rows, matrices and sizes; the rows of the padding are NaN."""
     keys = jax.random.split(jax.random.key(seed), 2)
-    x = jax.random.normal(keys[0], (sum(sizes), k), jnp.bfloat16)
+    x = jax.random.normal(keys[0], (sum(sizes) + padding, k), jnp.bfloat16)
+    x = x.at[sum(sizes) :].set(jnp.nan)
     w = jax.random.normal(keys[1], (len(sizes), k, n), jnp.bfloat16)
     return x, w, jnp.asarray(sizes, jnp.int32)
 
@@ -90,6 +93,24 @@ def test_fp8(sizes, interpret):
     # Tensor cores sum E4M3 products to about 13 bits: an error relative to the largest sums.
     atol = 1e-2 if interpret else 2.0**-11 * np.abs(want).max()
     np.testing.assert_allclose(np.asarray(got, np.float32), want, rtol=2.0**-8, atol=atol)
+
+
+@simulated_and_real
+@pytest.mark.parametrize("sizes", [[100, 0, 28, 77], [0, 0, 0]], ids=str)
+@pytest.mark.parametrize("padding", [3, 200])
+@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
+def test_rows_past_the_last_group_are_zero(fp8, padding, sizes, interpret):
+    x, w, group_sizes = matrices(sizes, 128, 320, padding=padding)
+    want = reference.grouped_matmul(x, w, group_sizes, out_dtype=jnp.float32)
+    assert np.isfinite(want).all()
+    if fp8:
+        a, b = quantize.quantize_tiles(x), quantize.quantize_blocks(w.swapaxes(1, 2))
+        got = hopper.fp8_grouped_matmul(a, b, group_sizes, interpret=interpret)
+    else:
+        got = hopper.grouped_matmul(x, w, group_sizes, interpret=interpret)
+    assert (np.asarray(got, np.float32)[sum(sizes) :] == 0).all()
+    tolerance = 0.05 * float(np.abs(want).max()) if fp8 else 1e-2
+    np.testing.assert_allclose(np.asarray(got, np.float32), want, rtol=2.0**-8, atol=tolerance)
 
 
 @simulated_and_real
