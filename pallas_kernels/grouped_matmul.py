@@ -1,7 +1,9 @@
 """Ragged (per-expert) matmul: rows sorted by group, one weight matrix per group.
 
-``jax.lax.ragged_dot`` does G times the work on CPU (a dense product with every group, then a
-mask) and about a thirtieth of the dense rate on Hopper, so it is used on TPU alone.
+On Hopper GPUs, in bfloat16, the three products (forward, and the gradients of rows and of matrices)
+are kernels of `pallas_kernels.hopper`. ``jax.lax.ragged_dot`` does G times the work on CPU (a dense
+product with every group, then a mask) and about a thirtieth of the dense rate on Hopper, so it is
+used on TPU alone.
 
 The groups need not fill the array. Rows past the last group are padding: they come out as zeros,
 take part in no sum whatever they hold (a NaN included), and get a zero gradient. Expert
@@ -15,7 +17,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-Impl = Literal["auto", "blocked", "ragged_dot"]
+from pallas_kernels import backend
+
+Impl = Literal["auto", "hopper", "blocked", "ragged_dot"]
 
 # Rows per dense product. A group wastes half a block on average, so small blocks for few rows;
 # large enough that the product, not the loop around it, takes the time.
@@ -36,42 +40,46 @@ def grouped_matmul(
         x_MK: rows in group order; the first ``group_sizes[0]`` belong to group 0, and so on.
         w_GKN: one matrix per group.
         group_sizes_G: rows of each group, 0 allowed. The sum may be less than M, never more.
-        impl: ``blocked`` loops over row blocks of one group each, so work is proportional to
-            the rows of the groups, padding not counted; ``ragged_dot`` is XLA's; ``auto`` takes
-            ragged_dot on TPU.
+        impl: ``hopper`` needs bfloat16 operands, and K and N that are multiples of 64;
+            ``blocked`` loops over row blocks of one group each; in both, work is proportional to
+            the rows of the groups, padding not counted. ``ragged_dot`` is XLA's. ``auto`` takes
+            ragged_dot on TPU, hopper where it can run, blocked elsewhere, and logs what it took.
 
     Returns:
         ``[M, N]`` in the dtype of ``x``; sums are float32.
+
+    Raises:
+        ValueError: if ``impl="hopper"`` is asked for operands that it cannot take.
     """
-    x_MK, w_GKN, group_sizes_G = _varying_alike(x_MK, w_GKN, group_sizes_G)
+    x_MK, w_GKN, group_sizes_G = backend.varying_alike(x_MK, w_GKN, group_sizes_G)
     if impl == "auto":
-        impl = "ragged_dot" if jax.default_backend() == "tpu" else "blocked"
+        impl = _pick(x_MK, w_GKN)
+        backend.say_once("grouped_matmul", impl)
     if impl == "ragged_dot":
         return _ragged_dot(x_MK, w_GKN, group_sizes_G)
+    if impl == "hopper":
+        if not _hopper_can(x_MK, w_GKN):
+            raise ValueError(
+                "impl='hopper' needs bfloat16, and K and N that are multiples of 64, not "
+                f"{x_MK.dtype}{x_MK.shape} and {w_GKN.dtype}{w_GKN.shape}"
+            )
+        return _hopper(x_MK, w_GKN, group_sizes_G, False)
     if x_MK.shape[0] == 0:
         return jnp.zeros((0, w_GKN.shape[2]), x_MK.dtype)
     rows = min(_BLOCK_ROWS.get(jax.default_backend(), _BLOCK_ROWS_ELSEWHERE), x_MK.shape[0])
     return _blocked(x_MK, w_GKN, group_sizes_G, rows)
 
 
-def _varying_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """The same arrays, all varying over the mesh axes of `shard_map` that any of them varies over.
+def _pick(x_MK: jax.Array, w_GKN: jax.Array) -> Impl:
+    if jax.default_backend() == "tpu":
+        return "ragged_dot"
+    return "hopper" if backend.on_hopper() and _hopper_can(x_MK, w_GKN) else "blocked"
 
-    With ``check_vma``, loops and `custom_vjp` want this said; the gradient of what was the same on
-    all devices is then summed over them, by the transpose of `pcast`.
-    """
 
-    def axes(array):
-        kind = getattr(jax.typeof(array), "manual_axis_type", None)
-        return kind.varying if kind is not None else frozenset()
-
-    union = frozenset().union(*map(axes, arrays))
-
-    def vary(array):
-        missing = tuple(sorted(union - axes(array)))
-        return jax.lax.pcast(array, missing, to="varying") if missing else array
-
-    return tuple(map(vary, arrays))
+def _hopper_can(x_MK: jax.Array, w_GKN: jax.Array) -> bool:
+    _, K, N = w_GKN.shape
+    in_bfloat16 = x_MK.dtype == w_GKN.dtype == jnp.bfloat16
+    return in_bfloat16 and K % 64 == N % 64 == 0 and 0 not in (*x_MK.shape, *w_GKN.shape)
 
 
 def _ragged_dot(x_MK: jax.Array, w_GKN: jax.Array, sizes_G: jax.Array) -> jax.Array:
@@ -80,6 +88,30 @@ def _ragged_dot(x_MK: jax.Array, w_GKN: jax.Array, sizes_G: jax.Array) -> jax.Ar
     x_MK = jnp.where(inside_M1, x_MK, 0)
     out = jax.lax.ragged_dot(x_MK, w_GKN, sizes_G, preferred_element_type=jnp.float32)
     return jnp.where(inside_M1, out, 0).astype(x_MK.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _hopper(x_MK: jax.Array, w_GKN: jax.Array, sizes_G: jax.Array, interpret: bool) -> jax.Array:
+    from pallas_kernels.hopper import grouped_matmul as kernel
+
+    return kernel.grouped_matmul(x_MK, w_GKN, sizes_G, interpret=interpret)
+
+
+def _hopper_fwd(x_MK, w_GKN, sizes_G, interpret):
+    return _hopper(x_MK, w_GKN, sizes_G, interpret), (x_MK, w_GKN, sizes_G)
+
+
+def _hopper_bwd(interpret, residuals, dy_MN):
+    from pallas_kernels.hopper import grouped_matmul as kernel
+    from pallas_kernels.hopper import grouped_wgrad as wgrad
+
+    x_MK, w_GKN, sizes_G = residuals
+    dx_MK = kernel.grouped_matmul(dy_MN, w_GKN, sizes_G, transpose_w=True, interpret=interpret)
+    dw_GKN = wgrad.grouped_wgrad(x_MK, dy_MN, sizes_G, out_dtype=w_GKN.dtype, interpret=interpret)
+    return dx_MK, dw_GKN, None
+
+
+_hopper.defvjp(_hopper_fwd, _hopper_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -138,7 +170,7 @@ def _rows_times_group(x_MK, w_GKN, sizes_G, rows: int, *, contract_w: int) -> ja
     M, G = x_MK.shape[0], w_GKN.shape[0]
     count, group, first, end = _blocks(sizes_G, rows, _most_blocks(M, G, rows))
     out = jnp.zeros((M, w_GKN.shape[2 - contract_w]), x_MK.dtype)
-    out, _ = _varying_alike(out, x_MK)
+    out, _ = backend.varying_alike(out, x_MK)
 
     def body(i, out):
         start, own = _own_rows(first[i], end[i], rows, M)
@@ -169,5 +201,5 @@ def _rows_times_rows(x_MK, dy_MN, sizes_G, rows: int) -> jax.Array:
         return dw.at[group[i]].add(part)
 
     dw = jnp.zeros((G, x_MK.shape[1], dy_MN.shape[1]), jnp.float32)
-    dw, _ = _varying_alike(dw, x_MK)
+    dw, _ = backend.varying_alike(dw, x_MK)
     return jax.lax.fori_loop(0, count, body, dw)

@@ -1,19 +1,15 @@
 """The block-scaled FP8 matmul of DeepSeek-V3 (section 3.3), and the choice of its backend."""
 
-import functools
-import logging
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels import reference
+from pallas_kernels import backend, reference
 from pallas_kernels.reference import Quantized
 
 Impl = Literal["auto", "hopper", "tpu", "reference"]
-
-_log = logging.getLogger(__name__)
 
 
 def fp8_matmul(
@@ -49,15 +45,11 @@ def fp8_matmul(
     raise ValueError(f"unknown implementation {impl!r}")
 
 
-@functools.cache
 def _pick() -> Impl:
     impl: Impl = "reference"
     if jax.default_backend() == "tpu":
         impl = "tpu"
-    elif jax.default_backend() == "gpu":
-        from pallas_kernels.hopper import compat
-
-        if compat.is_hopper():
-            impl = "hopper"
-    _log.info("fp8_matmul runs as %r on %s", impl, jax.devices()[0].device_kind)
+    elif backend.on_hopper():
+        impl = "hopper"
+    backend.say_once("fp8_matmul", impl)
     return impl

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 import jax
 from jaxtyping import Array, Float
 
-from pallas_kernels import reference
+from pallas_kernels import backend, reference
 from pallas_kernels.reference import Quantized
 
 Impl = Literal["auto", "hopper", "reference"]
@@ -58,7 +58,7 @@ def quantize_tiles(
     if impl == "auto":
         fits = axis % 2 == 1 and x.shape[0] % 64 == 0 and x.shape[1] % reference.TILE == 0
         fits = fits and x.dtype.itemsize <= 4
-        impl = "hopper" if fits and _on_hopper() else "reference"
+        impl = "hopper" if fits and backend.on_hopper() else "reference"
     if impl == "reference":
         return reference.quantize_tiles(x, axis=axis, power_of_two=power_of_two)
     if impl != "hopper" or axis % 2 == 0:
@@ -66,14 +66,6 @@ def quantize_tiles(
     from pallas_kernels.hopper import quantize as hopper_quantize
 
     return hopper_quantize.quantize_tiles(x, power_of_two=power_of_two)
-
-
-def _on_hopper() -> bool:
-    if jax.default_backend() != "gpu":
-        return False
-    from pallas_kernels.hopper import compat
-
-    return compat.is_hopper()
 
 
 @functools.partial(jax.jit, static_argnames="power_of_two")

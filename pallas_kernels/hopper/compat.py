@@ -6,6 +6,8 @@ Pallas' GPU interface is experimental and moves; every version switch of this pa
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import backend
+
 if hasattr(plgpu, "InterpretGPUParams"):  # public since 0.11
     from jax.experimental.pallas.mosaic_gpu import (
         InterpretGPUParams as InterpretParams,  # pyrefly: ignore[missing-module-attribute]
@@ -41,7 +43,15 @@ def kernel(body, *, interpret: bool, **kwargs):
         simulation = InterpretParams(
             out_of_bounds_reads="uninitialized", uninitialized_memory="zero"
         )
-    return plgpu.kernel(body, compiler_params=compiler_params(), interpret=simulation, **kwargs)
+    call = plgpu.kernel(body, compiler_params=compiler_params(), interpret=simulation, **kwargs)
+
+    def varying(*operands):
+        # Pallas calls its results the same on all devices of a `shard_map`.
+        results, tree = jax.tree.flatten(call(*operands))
+        results = backend.varying_alike(*results, *operands)[: len(results)]
+        return jax.tree.unflatten(tree, results)
+
+    return varying
 
 
 def load(ref, layout):

@@ -91,7 +91,8 @@ def grouped_matmul(
     x_MK = jnp.pad(x_MK, ((0, kernel.m - m), (0, 0)))
     columns = (0, kernel.n - n)
     w = jnp.pad(w, ((0, 0), columns, (0, 0)) if transpose_w else ((0, 0), (0, 0), columns))
-    return kernel.call(interpret)(*row_tiles(group_sizes, kernel.m), x_MK, w)[:m, :n]
+    tiles = row_tiles(group_sizes, kernel.m)
+    return kernel.call(interpret)(*tiles, x_MK, w)[:m, :n]
 
 
 def fp8_grouped_matmul(

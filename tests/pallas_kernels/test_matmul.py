@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels import matmul, quantize, reference
+from pallas_kernels import backend, matmul, quantize, reference
 from pallas_kernels.hopper import matmul as hopper
 from pallas_kernels.reference import Quantized
 from pallas_kernels.tpu import matmul as tpu
@@ -246,12 +246,12 @@ def test_explicit_impl_never_falls_back(impl):
 
 
 def test_auto_says_once_what_it_picked(caplog):
-    matmul._pick.cache_clear()
+    backend.say_once.cache_clear()
     with caplog.at_level(logging.INFO):
         for _ in range(2):
             matmul.fp8_matmul(*operands(8, 8, 8))
     assert [r.name for r in caplog.records if "fp8_matmul runs as" in r.getMessage()] == [
-        "pallas_kernels.matmul"
+        "pallas_kernels.backend"
     ]
 
 
