@@ -1,4 +1,4 @@
-"""What a step costs before it is run."""
+"""Model FLOPs on paper, the numerator of MFU."""
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.transformer import param_counts

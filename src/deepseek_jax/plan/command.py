@@ -1,0 +1,152 @@
+"""``deepseek-jax plan``: what a training or decode step costs on a slice that nobody has booked."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from jax.sharding import Mesh
+from rich.console import Console
+
+from deepseek_jax import sharding
+from deepseek_jax.config import ModelConfig, Precision, RematPolicy
+from deepseek_jax.model.transformer import param_counts
+from deepseek_jax.plan import compile as compiler
+from deepseek_jax.plan.flops import training_flops_per_token
+from deepseek_jax.plan.report import Plan, analyse, ranked
+from deepseek_jax.plan.search import candidates
+from deepseek_jax.plan.show import Stage, draw, plan_table, search_table
+from deepseek_jax.plan.topology import Topology, parse_topology, topology_devices
+from deepseek_jax.presets import preset
+from deepseek_jax.train.optim import OptimConfig
+from deepseek_jax.types import UserError
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """A step to compile ahead of time. TPU slices alone: XLA compiles for GPUs only on one."""
+
+    model: ModelConfig = field(default_factory=lambda: preset("v3"))
+    topology: str = "v5p:8x16x16"
+    """The slice, as in v5p:4x4x4, v6e:16x16, v5e:8x8 or tpu7x:4x4x4."""
+    mesh: str = "fsdp=-1"
+    """Its devices, as in fsdp=32,expert=64; -1 fills one axis."""
+    batch: int = 2048
+    """Sequences per step, over all devices."""
+    seq: int = 4096
+    """Tokens of a sequence; of ``--decode``, slots of the cache."""
+    micro_batches: int = 1
+    """Into how many parts a step is divided, gradients accumulated."""
+    remat: RematPolicy | None = None
+    """What the backward pass computes again; default for training: full."""
+    decode: bool = False
+    """One token for every sequence from a full cache, weights in the compute format."""
+    search: bool = False
+    """Try a handful of meshes and remat policies instead of the given ones, and rank them."""
+    out: Path = Path("out/plan")
+    """Where plan.json and plan.png go; with ``--search``, search.json."""
+    save_hlo: bool = False
+    """Keep the optimized program beside them."""
+    precision: Precision = field(default_factory=Precision)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+
+def plan(config: PlanConfig, console: Console | None = None) -> list[Plan]:
+    """Compile, print, and write what the configuration asks for; best first.
+
+    Raises:
+        UserError: before anything is compiled, for a topology that does not exist, a mesh or a
+            batch that does not fit it, or libtpu missing.
+    """
+    console = console or Console()
+    topology = parse_topology(config.topology)
+    if config.decode and config.remat not in (None, "none"):
+        raise UserError("decode has no backward pass: leave remat out.")
+    devices = topology_devices(topology)
+    if not config.search:
+        mesh = sharding.make_mesh(config.mesh, devices)
+        found = plan_one(config, topology, mesh, console)
+        console.print(plan_table(found))
+        console.print(f"wrote {_write(config, [found], 'plan.json')}", highlight=False)
+        return [found]
+    plans = []
+    tries = candidates(config.model, len(devices), config.batch, decode=config.decode)
+    for number, (text, remat) in enumerate(tries, 1):
+        one = dataclasses.replace(config, mesh=text, remat=remat)
+        mesh = sharding.make_mesh(text, devices)
+        plans.append(plan_one(one, topology, mesh, console, f"{number}/{len(tries)} "))
+        _write(config, ranked(plans), "search.json")  # a search may be cut short
+    console.print(search_table(ranked(plans)))
+    return ranked(plans)
+
+
+def plan_one(
+    config: PlanConfig, topology: Topology, mesh: Mesh, console: Console, prefix: str = ""
+) -> Plan:
+    """One mesh and one policy."""
+    lower, tokens, flops = _step(config, mesh)
+    remat = "" if config.decode else f", remat {config.remat or 'full'}"
+    title = (
+        f"{param_counts(config.model).total / 1e9:.0f}B, "
+        f"{'decode' if config.decode else 'train'}, {topology.name}, {_short(mesh)}, "
+        f"batch {config.batch}, seq {config.seq}{remat}"
+    )
+    with Stage(console, prefix + title) as stage:
+        compiled = compiler.compile_step(lower, mesh, stage.say)
+    if config.save_hlo and compiled.text:
+        config.out.mkdir(parents=True, exist_ok=True)
+        (config.out / "program.hlo.txt").write_text(compiled.text, encoding="utf-8")
+    return analyse(
+        compiled,
+        topology,
+        mesh,
+        title=title,
+        step="decode" if config.decode else "train",
+        tokens=tokens,
+        model_flops=flops,
+        ragged_share=1.0,
+    )
+
+
+def _step(config: PlanConfig, mesh: Mesh) -> tuple[Callable[[], object], int, float]:
+    """How to lower it, its tokens, and its FLOPs on paper."""
+    compiler.check_rows(config.batch, config.micro_batches, config.seq, mesh)
+    if config.decode:
+        precision = dataclasses.replace(config.precision, params=config.precision.compute)
+        model = compiler.make_model(
+            config.model.replace(num_nextn_predict_layers=0), precision, "none"
+        )
+        # Two for every activated parameter, and both products of absorbed attention.
+        c = config.model
+        attention = 2 * c.num_attention_heads * (2 * c.kv_lora_rank + c.qk_rope_head_dim)
+        per_token = 2.0 * param_counts(c).active + attention * config.seq * c.num_hidden_layers
+        lower = compiler.decode_step(model, mesh, config.batch, config.seq)
+        return lower, config.batch, per_token * config.batch
+    model = compiler.make_model(config.model, config.precision, config.remat or "full")
+    lower = compiler.training_step(
+        model,
+        config.optim,
+        mesh,
+        config.micro_batches,
+        config.batch // config.micro_batches,
+        config.seq,
+    )
+    tokens = config.batch * config.seq
+    return lower, tokens, training_flops_per_token(config.model, config.seq) * tokens
+
+
+def _short(mesh: Mesh) -> str:
+    return ",".join(f"{a}={n}" for a, n in mesh.shape.items() if n > 1) or "one device"
+
+
+def _write(config: PlanConfig, plans: list[Plan], name: str) -> Path:
+    config.out.mkdir(parents=True, exist_ok=True)
+    records = [one.to_json() for one in plans]
+    path = config.out / name
+    path.write_text(
+        json.dumps(records[0] if name == "plan.json" else records, indent=1), encoding="utf-8"
+    )
+    if plans[0].fits:
+        draw(plans[0], config.out / "plan.png")
+    return path

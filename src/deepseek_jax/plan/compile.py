@@ -1,0 +1,195 @@
+"""The real training step, or the real decode step, compiled for devices that need not exist."""
+
+import re
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from deepseek_jax import sharding
+from deepseek_jax.config import ModelConfig, Precision, RematPolicy
+from deepseek_jax.model.transformer import (
+    DeepSeekV3,
+    init_cache,
+    init_router_bias,
+    sharded_params,
+)
+from deepseek_jax.train.loop import jit_step
+from deepseek_jax.train.losses import pretrain_loss
+from deepseek_jax.train.optim import OptimConfig, bias_speed, make_optimizer, mtp_weight
+from deepseek_jax.train.step import abstract_state, make_train_step
+from deepseek_jax.types import Batch, KVCache, UserError
+
+# Schedules need an end; nothing that is compiled depends on where it is.
+_STEPS = 100_000
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+class Memory(NamedTuple):
+    """Bytes of a device, as XLA has laid them out."""
+
+    arguments: int
+    outputs: int
+    aliased: int
+    """Outputs that take the place of donated arguments."""
+    temporaries: int
+    code: int
+
+    @property
+    def peak(self) -> int:
+        """All that is held at once at the worst moment."""
+        return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
+
+
+class Compiled(NamedTuple):
+    """A program, or the reason why there is none."""
+
+    text: str
+    """Optimized HLO."""
+    memory: Memory | None
+    flops_once: float
+    """XLA's own count, bodies of loops once."""
+    trace_seconds: float
+    compile_seconds: float
+    too_large: str = ""
+    """What the compiler said, if the program does not fit the device."""
+    needed: float = 0
+    """Bytes that it would have needed, where the compiler said so."""
+
+
+def training_step(
+    model: DeepSeekV3, optim: OptimConfig, mesh: Mesh, micro_batches: int, rows: int, seq_len: int
+) -> Callable[[], Any]:
+    """What ``pretrain`` runs: loss, gradients, clip, Adam, router bias, the state donated.
+
+    Returns a function that traces and lowers it.
+    """
+    tx = make_optimizer(optim, _STEPS)
+    weight = mtp_weight(optim, _STEPS)
+
+    def loss_fn(params, router_bias_LE, batch, totals, step):
+        return pretrain_loss(model, params, router_bias_LE, batch, totals, weight(step))
+
+    step = make_train_step(model, tx, loss_fn, bias_speed(optim, _STEPS))
+    state = abstract_state(model, tx, mesh)
+    where = sharding.sharding(mesh, "accumulate", "batch", "sequence")
+
+    def array(dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((micro_batches, rows, seq_len), dtype, sharding=where)
+
+    ints = array(jnp.int32)
+    batch = Batch(ints, ints, array(jnp.float32), ints, ints)
+    limit = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.sharding(mesh))
+    jitted: Any = jit_step(step, state)
+    return lambda: jitted.lower(state, batch, limit)
+
+
+def decode_step(model: DeepSeekV3, mesh: Mesh, rows: int, slots: int) -> Callable[[], Any]:
+    """One token for every row, from and into a latent cache that is donated."""
+    config, dtype = model.config, model.precision.compute_dtype
+    params = sharded_params(model, mesh)
+    everywhere, by_row = sharding.sharding(mesh), sharding.sharding(mesh, "batch")
+    by_layer = sharding.sharding(mesh, "layers", "batch")
+    cache = jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        jax.eval_shape(lambda: init_cache(config, rows, slots, dtype)),
+        KVCache(by_layer, by_layer, by_row),
+    )
+    bias = jax.eval_shape(lambda: init_router_bias(config))
+    bias = jax.ShapeDtypeStruct(bias.shape, bias.dtype, sharding=everywhere)
+    tokens = jax.ShapeDtypeStruct((rows, 1), jnp.int32, sharding=by_row)
+
+    def decode(params, bias_LE, tokens_BT, cache):
+        return model.apply({"params": params}, tokens_BT, bias_LE, cache, method="decode")
+
+    jitted = jax.jit(
+        decode,
+        donate_argnums=3,
+        out_shardings=(by_row, jax.tree.map(lambda x: x.sharding, cache)),
+    )
+    return lambda: jitted.lower(params, bias, tokens, cache)
+
+
+def compile_step(lower: Callable[[], Any], mesh: Mesh, say: Callable[[str], None]) -> Compiled:
+    """Trace, lower and compile under the mesh; ``say`` hears which of them is under way."""
+    started = time.perf_counter()
+    with jax.set_mesh(mesh):
+        say("tracing")
+        lowered = lower()
+        traced = time.perf_counter()
+        say("compiling")
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            message = str(error)
+            if "RESOURCE_EXHAUSTED" not in message:
+                raise
+            seconds = time.perf_counter() - traced
+            needed = needed_bytes(message)
+            return Compiled("", None, 0, traced - started, seconds, message, needed)
+        seconds = time.perf_counter() - traced
+    say("reading")
+    stats = compiled.memory_analysis()
+    memory = Memory(
+        stats.argument_size_in_bytes,
+        stats.output_size_in_bytes,
+        stats.alias_size_in_bytes,
+        stats.temp_size_in_bytes,
+        stats.generated_code_size_in_bytes,
+    )
+    flops = (compiled.cost_analysis() or {}).get("flops", 0.0)
+    return Compiled(compiled.as_text(), memory, flops, traced - started, seconds)
+
+
+def needed_bytes(message: str) -> float:
+    """The size in XLA's complaint that a program does not fit; 0 if it names none."""
+    for pattern in (
+        r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm",
+        r"temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM",
+    ):
+        if found := re.search(pattern, message):
+            return float(found[1]) * _UNITS[found[2]]
+    return 0.0
+
+
+def check_rows(rows: int, micro_batches: int, seq_len: int, mesh: Mesh) -> None:
+    """Refuse a batch that the mesh cannot divide.
+
+    Raises:
+        UserError: naming the sizes.
+    """
+    shards = sharding.batch_shards(mesh)
+    if min(rows, micro_batches, seq_len) < 1 or rows % micro_batches:
+        raise UserError(
+            f"{rows} sequences cannot be taken in {micro_batches} micro-batches of whole sequences."
+        )
+    if rows // micro_batches % shards:
+        raise UserError(
+            f"{rows // micro_batches} sequences cannot be divided over {shards} batch shards of "
+            f"the mesh; make batch a multiple of {shards * micro_batches}."
+        )
+    if seq_len % sharding.sequence_shards(mesh):
+        raise UserError(
+            f"a sequence of {seq_len} cannot be divided over {sharding.sequence_shards(mesh)} "
+            "shards of the context axis."
+        )
+
+
+def check_precision(decode: bool, precision: Precision, remat: RematPolicy) -> None:
+    """Refuse what would be silently without effect.
+
+    Raises:
+        UserError: for a rematerialization policy with ``decode``, which has no backward pass.
+    """
+    if decode and remat != "none":
+        raise UserError("decode has no backward pass: leave --remat out.")
+
+
+def make_model(
+    config: ModelConfig, precision: Precision, remat: RematPolicy, **options: Any
+) -> DeepSeekV3:
+    """The model as the training loop builds it."""
+    return DeepSeekV3(config, precision, remat, **options)
