@@ -1,6 +1,10 @@
 """Grouped (per-expert) matmul on Hopper beside ``jax.lax.ragged_dot`` and a dense product.
 
-    PYTHONPATH=. python benchmarks/grouped_gemm.py
+    PYTHONPATH=. python benchmarks/grouped_gemm.py           # BF16, with both gradients, and FP8
+    PYTHONPATH=. python benchmarks/grouped_gemm.py --case 8 32768 7168 4096
+
+The BF16 rows go through the differentiable op; its gradients are timed one at a time (what is not
+asked for is not computed).
 
 The dense row is cuBLAS on as many rows in one group: what ragged rows cost is the distance to it.
 Every row is checked against a float32 loop over the groups before it is timed, and run twice,
@@ -17,12 +21,14 @@ from jax import lax
 
 from benchmarks.timing import deadline, median_seconds
 from pallas_kernels import quantize, reference
+from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.hopper import grouped_matmul as hopper
+from pallas_kernels.hopper import grouped_wgrad as wgrad_kernel
 
-# (K, N) of an expert's products in DeepSeek-V3: gate and up side by side, and down.
-PRODUCTS = [(7168, 4096), (2048, 7168)]
-# (groups, rows of all groups together)
-GROUPS = [(8, 32768), (32, 32768), (64, 32768)]
+# (groups, rows of all groups together, K, N) of an expert's products: gate and up side by side,
+# and down, in DeepSeek-V3 and in V2-Lite.
+CASES = [(groups, 32768, k, n) for k, n in [(7168, 4096), (2048, 7168)] for groups in (8, 32, 64)]
+CASES += [(64, 32768, 2048, 2816), (64, 32768, 2048, 1408), (64, 32768, 1408, 2048)]
 SECONDS_PER_ROW = 90
 LARGEST_ERROR = 3e-3  # rounding to BF16 alone gives 1.7e-3
 
@@ -43,28 +49,50 @@ def _operands(key, groups, rows, k, n):
     return x.astype(jnp.bfloat16), w
 
 
-@functools.partial(jax.jit, static_argnums=5)
-def _error_of_group(got, x, w, first, size, most):
-    """Squares of the error and of the result, over one group of at most ``most`` rows."""
+@functools.partial(jax.jit, static_argnames=("most", "wgrad"))
+def _error_of_group(got, x, w, first, size, *, most, wgrad):
+    """Squares of the error and of the result, over one group of at most ``most`` rows.
+
+    ``w`` is the group's matrix, or all rows of the gradient for its weight gradient.
+    """
 
     def own(rows_MX):
         padded = jnp.pad(rows_MX, ((0, most), (0, 0)))
-        return lax.dynamic_slice_in_dim(padded, first, most).astype(jnp.float32)
+        rows = lax.dynamic_slice_in_dim(padded, first, most).astype(jnp.float32)
+        return jnp.where((jnp.arange(most) < size)[:, None], rows, 0)
 
-    want = jnp.dot(own(x), w.astype(jnp.float32), precision="highest")
-    counts = (jnp.arange(most) < size)[:, None]
-    return tuple(jnp.sum(jnp.where(counts, y, 0) ** 2) for y in (own(got) - want, want))
+    if wgrad:
+        want = jnp.dot(own(x).T, own(w), precision="highest")
+    else:
+        want, got = jnp.dot(own(x), w.astype(jnp.float32), precision="highest"), own(got)
+    return tuple(jnp.sum(y.astype(jnp.float32) ** 2) for y in (got - want, want))
 
 
-def _error(got, x, matrices, sizes):
-    """Relative error over all rows, one group at a time to fit in memory."""
+def _error(got, x, matrices, sizes, *, wgrad=False):
+    """Relative error over all groups, one at a time to fit in memory."""
     firsts = np.cumsum([0, *sizes[:-1]])
     pairs = [
-        _error_of_group(got, x, matrices(g), first, size, max(sizes))
+        _error_of_group(
+            got[g] if wgrad else got, x, matrices(g), first, size, most=max(sizes), wgrad=wgrad
+        )
         for g, (first, size) in enumerate(zip(firsts, sizes, strict=True))
     ]
     wrong, whole = (sum(float(pair[i]) for pair in pairs) for i in range(2))
     return (wrong / whole) ** 0.5
+
+
+def _op(x, w, group_sizes):
+    return grouped_matmul(x, w, group_sizes, impl="hopper")
+
+
+@jax.jit
+def _dgrad(x, w, group_sizes, dy):
+    return jax.vjp(lambda x: _op(x, w, group_sizes), x)[1](dy)[0]
+
+
+@jax.jit
+def _wgrad(x, w, group_sizes, dy):
+    return jax.vjp(lambda w: _op(x, w, group_sizes), w)[1](dy)[0]
 
 
 def _row(label, flops, multiply, inputs, error=None):
@@ -100,13 +128,20 @@ def measure(groups: int, rows: int, k: int, n: int, skew: float, ragged_dot: boo
     inputs = [(x, w, group_sizes)]
     if ragged_dot:
         _row("lax.ragged_dot, BF16", flops, jax.jit(lax.ragged_dot), inputs, in_bf16)
-    _row("ours, BF16", flops, jax.jit(hopper.grouped_matmul), inputs, in_bf16)
-    transposed = jax.jit(functools.partial(hopper.grouped_matmul, transpose_w=True))
+    _row("ours, BF16, fprop", flops, jax.jit(_op), inputs, in_bf16)
+    dy = jax.random.normal(jax.random.key(1), (rows, n), jnp.bfloat16)
+    inputs = [(x, w, group_sizes, dy)]
+    of_dx = functools.partial(_error, x=dy, matrices=lambda g: w[g].T, sizes=sizes)
+    _row("ours, BF16, dgrad", flops, _dgrad, inputs, of_dx)
+    of_dw = functools.partial(_error, x=x, matrices=lambda g: dy, sizes=sizes, wgrad=True)
+    _row("ours, BF16, wgrad", flops, _wgrad, inputs, of_dw)
+    in_fp32 = jax.jit(lambda x, w, s, dy: wgrad_kernel.grouped_wgrad(x, dy, s))
+    _row("ours, BF16, wgrad, FP32 result", flops, in_fp32, inputs, of_dw)
     w_GNK = jnp.swapaxes(w, 1, 2)
-    _row("ours, BF16, transposed weights", flops, transposed, [(x, w_GNK, group_sizes)], in_bf16)
+    del dy
 
     a, b = quantize.quantize_tiles(x), quantize.quantize_blocks(w_GNK)
-    del x, w, w_GNK, inputs, in_bf16
+    del x, w, w_GNK, inputs, in_bf16, of_dx, of_dw
 
     def matrix(g):
         return reference.dequantize(jax.tree.map(lambda array: array[g], b)).T
@@ -120,11 +155,18 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--skew", type=float, default=0.5, help="spread of log group sizes")
     parser.add_argument("--no-ragged-dot", action="store_true", help="it takes most of the time")
+    parser.add_argument(
+        "--case",
+        nargs=4,
+        type=int,
+        action="append",
+        metavar=("GROUPS", "ROWS", "K", "N"),
+        help="repeatable",
+    )
     arguments = parser.parse_args()
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}")
-    for k, n in PRODUCTS:
-        for groups, rows in GROUPS:
-            measure(groups, rows, k, n, arguments.skew, not arguments.no_ragged_dot)
+    for groups, rows, k, n in arguments.case or CASES:
+        measure(groups, rows, k, n, arguments.skew, not arguments.no_ragged_dot)
 
 
 if __name__ == "__main__":
