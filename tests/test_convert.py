@@ -272,7 +272,7 @@ def test_loading_onto_a_mesh(mesh, fp8, tmp_path):
     _, params, bias = load_hf(folder, mesh=mesh)
     expected = load_hf(folder)
     jax.tree.map(assert_same, (params, bias), expected[1:])
-    wanted = param_shardings(mesh, logical_axes(DeepSeekV3(config)))
+    wanted = param_shardings(mesh, logical_axes(DeepSeekV3(config)), params)
 
     def check(x, sharding):
         assert x.sharding.is_equivalent_to(sharding, x.ndim)

@@ -2,6 +2,7 @@
 
 import jax
 import pytest
+from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from deepseek_jax import UserError, preset, sharding
@@ -10,7 +11,7 @@ from deepseek_jax.model.transformer import DeepSeekV3, abstract_params, logical_
 
 def test_mesh_is_written_as_axis_sizes():
     mesh = sharding.make_mesh("data=2,expert=4")
-    assert dict(mesh.shape) == {"data": 2, "fsdp": 1, "expert": 4, "tensor": 1, "context": 1}
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 1, "expert": 4, "context": 1, "tensor": 1}
     assert dict(sharding.make_mesh("fsdp=-1,tensor=2").shape)["fsdp"] == 4
     assert sharding.batch_shards(mesh) == 8
 
@@ -41,7 +42,25 @@ def test_every_parameter_states_an_axis_for_each_dimension():
         jax.tree.leaves(axes, is_leaf=is_axes), jax.tree.leaves(shapes), strict=True
     ):
         assert len(names) == leaf.ndim
-        assert all(name is None or name in sharding.RULES for name in names)
+        assert all(name is None or name in sharding.LOGICAL_AXES for name in names)
     mesh = sharding.make_mesh("fsdp=2,expert=2,tensor=2")
-    where = sharding.param_shardings(mesh, axes)
+    where = sharding.param_shardings(mesh, axes, shapes)
     assert where["moe_layers"]["moe"]["w1"].spec == P(None, "expert", "fsdp", "tensor")
+    assert where["moe_layers"]["attn"]["wq_b"].spec == P(None, "fsdp", ("tensor", "expert"), None)
+
+
+def test_an_axis_that_must_divide_and_does_not_is_named():
+    model = DeepSeekV3(preset("v2_lite"))  # 16 heads, 64 experts
+    axes, shapes = logical_axes(model), abstract_params(model)
+    with pytest.raises(
+        UserError, match=r"tensor=32 does not divide the 16 of axis 'heads'"
+    ):
+        sharding.param_specs(AbstractMesh((1, 1, 1, 1, 32), sharding.MESH_AXES), axes, shapes)
+    with pytest.raises(UserError, match="expert=48 does not divide the 64 of axis 'expert'"):
+        sharding.param_specs(AbstractMesh((1, 1, 48, 1, 1), sharding.MESH_AXES), axes, shapes)
+
+
+def test_an_axis_that_only_stores_is_left_out_where_it_does_not_divide():
+    mesh = AbstractMesh((1, 5, 2, 1, 1), sharding.MESH_AXES)
+    assert sharding.param_spec(mesh, ("embed", "mlp"), (24, 40)) == P(None, ("tensor", "expert"))
+    assert sharding.param_spec(mesh, ("embed", "mlp"), (25, 41)) == P("fsdp", "tensor")

@@ -1,35 +1,59 @@
-"""Meshes, and the one table from logical axes to mesh axes. No other file names a mesh axis."""
+"""Meshes, the tables from logical axes to mesh axes, and collectives by logical name.
 
+No other file names a mesh axis. Two modes of one model:
+
+* *per device*: inside ``shard_map`` every array is the device's own part, and the model states
+  each collective itself through the functions at the end of this file. Training runs so: what
+  crosses the network is what the code says.
+* *global*: without a mesh, or under plain ``jit``, the same functions do nothing, and the
+  compiler divides the work as it sees fit.
+"""
+
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from deepseek_jax.types import UserError
 
-# Slowest network first: what crosses the pod or host boundary is what communicates least.
-MESH_AXES = ("data", "fsdp", "expert", "tensor", "context")
+# Slowest network first: what crosses the slice or host boundary is what communicates least.
+MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
 
-# logical axis -> mesh axis (or axes). Parameters state logical axes beside their shapes.
-RULES: dict[str, str | tuple[str, ...] | None] = {
-    "layers": None,
-    "vocab": "tensor",
-    "embed": "fsdp",
-    "q_lora": None,
-    "kv_lora": None,
-    "heads": "tensor",
-    "head_dim": None,
-    "mlp": "tensor",
-    "expert": "expert",
-    "norm": None,
-    "accumulate": None,
-    # Expert parallelism is carved out of data parallelism, as in V3 section 3.2: every
-    # device of the expert axis also holds its own sequences.
+# Where activations and computation are divided: logical axis -> mesh axes.
+COMPUTE: dict[str, tuple[str, ...]] = {
+    # Expert parallelism is carved out of data parallelism, as in V3 section 3.2: every device of
+    # the expert axis also holds its own sequences.
     "batch": ("data", "fsdp", "expert"),
-    "sequence": "context",
+    "sequence": ("context",),
+    "expert": ("expert",),
+    "heads": ("tensor",),
+    "mlp": ("tensor",),
+    "expert_mlp": ("tensor",),
+    "vocab": ("tensor",),
 }
+
+# Where parameters, gradients and optimizer moments are stored beyond that (ZeRO; Rajbhandari et
+# al., 2020): a layer gathers its own when it runs. An axis that does not divide a dimension is
+# left out there.
+STORED: dict[str, tuple[str, ...]] = {
+    "embed": ("fsdp",),
+    "heads": ("expert",),
+    "mlp": ("expert",),
+    "vocab": ("expert",),
+    "latent_in": ("fsdp",),
+    "latent_out": ("expert",),
+}
+
+LOGICAL_AXES = {*COMPUTE, *STORED, "layers", "head_dim", "norm", "accumulate"}
+
+
+# --- meshes ----------------------------------------------------------------------------------
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -60,8 +84,12 @@ def parse_mesh(text: str) -> dict[str, int]:
 def make_mesh(text: str = "data=-1", devices: list[Any] | None = None) -> Mesh:
     """A mesh over all five axes; those not named have size 1.
 
+    The first axes vary slowest. On several TPU slices they are the ones that cross the data
+    center's network; on GPU hosts, devices follow one another host by host.
+
     Raises:
-        UserError: if the sizes do not multiply to the number of devices.
+        UserError: if the sizes do not multiply to the number of devices, or several slices
+            cannot be divided along the outermost axes.
     """
     devices = jax.devices() if devices is None else devices
     sizes = parse_mesh(text)
@@ -74,13 +102,37 @@ def make_mesh(text: str = "data=-1", devices: list[Any] | None = None) -> Mesh:
             f"mesh {text!r} asks for {math.prod(sizes.values()) or known} devices, but there are "
             f"{len(devices)}; change a size or set one axis to -1."
         )
-    shape = [sizes.get(axis, 1) for axis in MESH_AXES]
-    return Mesh(np.asarray(devices).reshape(shape), MESH_AXES)
+    return Mesh(_arrange([sizes.get(axis, 1) for axis in MESH_AXES], devices), MESH_AXES)
+
+
+def _arrange(shape: list[int], devices: list[Any]) -> np.ndarray:
+    """Devices in the order that their network likes."""
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if devices[0].platform != "tpu":
+        return np.asarray(devices).reshape(shape)
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    across, left = [], slices
+    for size in shape:
+        across.append(math.gcd(size, left))
+        left //= across[-1]
+    if left > 1:
+        raise UserError(
+            f"{slices} slices cannot be divided over the axes {', '.join(MESH_AXES)} = {shape}; "
+            f"make data or fsdp a multiple of {slices}."
+        )
+    within = [size // outer for size, outer in zip(shape, across, strict=True)]
+    return mesh_utils.create_hybrid_device_mesh(
+        within, across, devices, allow_split_physical_axes=True
+    )
+
+
+# --- placement -------------------------------------------------------------------------------
 
 
 def spec(*logical: str | None) -> PartitionSpec:
-    """The mesh axes of an array whose axes have these logical names (None: replicated)."""
-    return PartitionSpec(*(None if name is None else RULES[name] for name in logical))
+    """The mesh axes of an activation whose axes have these logical names (None: replicated)."""
+    return PartitionSpec(*(None if name is None else COMPUTE.get(name) for name in logical))
 
 
 def sharding(mesh: Mesh, *logical: str | None) -> NamedSharding:
@@ -88,15 +140,264 @@ def sharding(mesh: Mesh, *logical: str | None) -> NamedSharding:
     return NamedSharding(mesh, spec(*logical))
 
 
-def param_shardings(mesh: Mesh, logical_axes: Any) -> Any:
-    """Shardings for a tree of logical-axis tuples (see ``model.transformer.logical_axes``)."""
-    return jax.tree.map(
-        lambda axes: sharding(mesh, *axes), logical_axes, is_leaf=lambda x: isinstance(x, tuple)
+def batch_shards(mesh: Mesh) -> int:
+    """Into how many parts the rows of a batch are divided."""
+    return math.prod(mesh.shape[axis] for axis in COMPUTE["batch"])
+
+
+def sequence_shards(mesh: Mesh) -> int:
+    """Into how many parts each row is divided."""
+    return math.prod(mesh.shape[axis] for axis in COMPUTE["sequence"])
+
+
+def _stored(name: str | None, size: int, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+    """The mesh axes that gather-on-use divides a dimension of a parameter by."""
+    kept, parts = [], math.prod(mesh.shape[axis] for axis in COMPUTE.get(name or "", ()))
+    for axis in STORED.get(name or "", ()):
+        if size % (parts * mesh.shape[axis]) == 0:
+            kept.append(axis)
+            parts *= mesh.shape[axis]
+    return tuple(kept)
+
+
+def _placed(
+    mesh: Mesh | AbstractMesh, names: tuple[str | None, ...], shape: tuple[int, ...]
+) -> list[tuple[str, ...]]:
+    """The mesh axes of every dimension of a parameter of this global shape."""
+    return [
+        COMPUTE.get(name or "", ()) + _stored(name, size, mesh)
+        for name, size in zip(names, shape, strict=True)
+    ]
+
+
+def param_spec(
+    mesh: Mesh | AbstractMesh, names: tuple[str | None, ...], shape: tuple[int, ...]
+) -> PartitionSpec:
+    """Where a parameter of this global shape lives."""
+    return PartitionSpec(*(axes or None for axes in _placed(mesh, names, shape)))
+
+
+def param_specs(mesh: Mesh | AbstractMesh, logical_axes: Any, shapes: Any) -> Any:
+    """``param_spec`` for trees: of logical-axis tuples, and of arrays or their shapes.
+
+    Without a mesh (an empty one) every parameter is whole.
+
+    Raises:
+        UserError: if an axis of the mesh does not divide the dimension it must divide.
+    """
+
+    def leaf(path: Any, names: tuple[str | None, ...], array: Any) -> PartitionSpec:
+        if mesh.empty:
+            return PartitionSpec()
+        for name, size in zip(names, array.shape, strict=True):
+            for axis in COMPUTE.get(name or "", ()):
+                if size % mesh.shape[axis]:
+                    raise UserError(
+                        f"mesh axis {axis}={mesh.shape[axis]} does not divide the "
+                        f"{size} of axis {name!r} of parameter {jax.tree_util.keystr(path)}; "
+                        f"choose a divisor of {size}."
+                    )
+        return param_spec(mesh, names, array.shape)
+
+    return jax.tree_util.tree_map_with_path(
+        leaf, logical_axes, shapes, is_leaf=lambda x: isinstance(x, tuple)
     )
 
 
-def batch_shards(mesh: Mesh) -> int:
-    """Into how many parts the rows of a batch are divided."""
-    axes = RULES["batch"]
-    assert isinstance(axes, tuple)
-    return math.prod(mesh.shape[axis] for axis in axes)
+def param_shardings(mesh: Mesh, logical_axes: Any, shapes: Any) -> Any:
+    """``param_specs`` as shardings."""
+    specs = param_specs(mesh, logical_axes, shapes)
+    return jax.tree.map(
+        lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda x: isinstance(x, PartitionSpec)
+    )
+
+
+# --- per-device computation ------------------------------------------------------------------
+
+
+def per_device(fn: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """``fn`` on every device's own part of its arguments; ``fn`` itself where no mesh is set.
+
+    Replication is not checked (``check_vma=False``: kernels and loops carry no such types), so
+    a replicated result must have been made so by ``psum``: every device would otherwise keep
+    its own, and nothing would complain.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return fn
+    return jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def mesh_axes(*logical: str) -> tuple[str, ...]:
+    """The axes of the current mesh, above size 1, that computation is divided by.
+
+    Empty in global mode.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    manual = getattr(mesh, "manual_axes", ())
+    names = [axis for name in logical for axis in COMPUTE.get(name, ())]
+    return tuple(axis for axis in dict.fromkeys(names) if axis in manual and mesh.shape[axis] > 1)
+
+
+def parts(*logical: str) -> int:
+    """Into how many parts these logical axes are divided here (1 in global mode)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[axis] for axis in mesh_axes(*logical))
+
+
+def part_index(logical: str) -> Any:
+    """Which of them this device holds."""
+    axes = mesh_axes(logical)
+    return jax.lax.axis_index(axes) if axes else 0
+
+
+def psum(x: Any, *logical: str) -> Any:
+    """Sum over the devices that divide these logical axes."""
+    axes = mesh_axes(*logical)
+    return jax.lax.psum(x, axes) if axes else x
+
+
+def pmax(x: Any, *logical: str) -> Any:
+    """Maximum over the devices that divide these logical axes."""
+    axes = mesh_axes(*logical)
+    return jax.lax.pmax(x, axes) if axes else x
+
+
+def pmean(x: Any, *logical: str) -> Any:
+    """Mean over the devices that divide these logical axes."""
+    return jax.tree.map(lambda a: a / parts(*logical), psum(x, *logical))
+
+
+def all_gather(x: jax.Array, logical: str, dim: int) -> jax.Array:
+    """The whole of dimension ``dim``; its gradient is summed and divided again."""
+    axes = mesh_axes(logical)
+    return jax.lax.all_gather(x, axes, axis=dim, tiled=True) if axes else x
+
+
+def from_next(x: jax.Array, logical: str) -> jax.Array:
+    """The next part's ``x``; zeros for the last part."""
+    (axis,) = mesh_axes(logical)
+    count = parts(logical)
+    return jax.lax.ppermute(x, axis, [(i + 1, i) for i in range(count - 1)])
+
+
+def to_neighbour(x: jax.Array, logical: str) -> jax.Array:
+    """The previous part's ``x``, in a ring."""
+    (axis,) = mesh_axes(logical)
+    count = parts(logical)
+    return jax.lax.ppermute(x, axis, [(i, (i + 1) % count) for i in range(count)])
+
+
+def all_to_all(x: jax.Array, logical: str) -> jax.Array:
+    """Row i of ``x`` goes to part i; row i of the result came from part i."""
+    return jax.lax.all_to_all(x, mesh_axes(logical), 0, 0, tiled=True)
+
+
+def ragged_all_to_all(
+    rows: jax.Array,
+    size: int,
+    send_offsets: jax.Array,
+    send_sizes: jax.Array,
+    there_offsets: jax.Array,
+    recv_sizes: jax.Array,
+    logical: str,
+) -> jax.Array:
+    """``jax.lax.ragged_all_to_all`` into a zero buffer of ``size`` rows.
+
+    XLA has none for CPU; there, for tests, everything is gathered and the right rows picked.
+    """
+    (axis,) = mesh_axes(logical)
+    if platform() != "cpu":
+        buffer = jnp.zeros((size, *rows.shape[1:]), rows.dtype)
+        return jax.lax.ragged_all_to_all(
+            rows, buffer, send_offsets, send_sizes, there_offsets, recv_sizes, axis_name=axis
+        )
+    every = jax.lax.all_gather(rows, axis)
+    column = jax.lax.axis_index(axis)
+    first, count, put = (
+        jax.lax.all_gather(a, axis)[:, column] for a in (send_offsets, send_sizes, there_offsets)
+    )
+    at = jnp.arange(size)
+    mine = (at[:, None] >= put) & (at[:, None] < put + count)
+    sender = jnp.argmax(mine, axis=1)
+    picked = every[sender, first[sender] + at - put[sender]]
+    return jnp.where(mine.any(1)[:, None], picked, 0)
+
+
+def platform() -> str:
+    """What the program is compiled for: the devices of the mesh, wherever that happens."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = None if mesh.empty else mesh.abstract_device
+    return device.platform if device else jax.default_backend()
+
+
+def replicas() -> int:
+    """Devices that each compute the loss: gradients are seeded with its inverse on each."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[axis] for axis in getattr(mesh, "manual_axes", ()))
+
+
+def sum_gradients(grads: Any, specs: Any) -> Any:
+    """Sum gradients over the axes that their parameters are replicated over."""
+    mesh = jax.sharding.get_abstract_mesh()
+    manual = getattr(mesh, "manual_axes", ())
+
+    def leaf(spec: PartitionSpec, grad: jax.Array) -> jax.Array:
+        own = set(jax.tree.leaves(tuple(spec)))
+        axes = tuple(a for a in MESH_AXES if a in manual and a not in own and mesh.shape[a] > 1)
+        return jax.lax.psum(grad, axes) if axes else grad
+
+    return jax.tree.map(leaf, specs, grads, is_leaf=lambda x: isinstance(x, PartitionSpec))
+
+
+def local_shape(names: tuple[str | None, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of this device's part of a parameter; all of it in global mode."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not getattr(mesh, "manual_axes", ()):
+        return shape
+    return tuple(
+        size // math.prod(mesh.shape[axis] for axis in axes)
+        for size, axes in zip(shape, _placed(mesh, names, shape), strict=True)
+    )
+
+
+def gathered(
+    x: jax.Array, names: tuple[str | None, ...], shape: tuple[int, ...], dtype: Any
+) -> jax.Array:
+    """A parameter as computation wants it: cast, and whole along the axes it is only stored by.
+
+    Cast first, so that the narrow type travels. Its gradient is widened first, so that the sum
+    over devices is made in the parameter's own type.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not getattr(mesh, "manual_axes", ()):
+        return x.astype(dtype)
+    stored = tuple(
+        tuple(a for a in _stored(name, size, mesh) if mesh.shape[a] > 1)
+        for name, size in zip(names, shape, strict=True)
+    )
+    return _gathered(x, stored, jnp.dtype(dtype))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gathered(x: jax.Array, stored: tuple[tuple[str, ...], ...], dtype: Any) -> jax.Array:
+    x = x.astype(dtype)
+    for dim, axes in enumerate(stored):
+        if axes:
+            x = jax.lax.all_gather(x, axes, axis=dim, tiled=True)
+    return x
+
+
+def _gathered_fwd(x, stored, dtype):
+    return _gathered(x, stored, dtype), jnp.zeros((), x.dtype)
+
+
+def _gathered_bwd(stored, dtype, like, ct):
+    ct = ct.astype(like.dtype)
+    for dim, axes in reversed(list(enumerate(stored))):
+        if axes:
+            ct = jax.lax.psum_scatter(ct, axes, scatter_dimension=dim, tiled=True)
+    return (ct,)
+
+
+_gathered.defvjp(_gathered_fwd, _gathered_bwd)

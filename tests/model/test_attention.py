@@ -74,7 +74,7 @@ def test_query_chunks_change_nothing(T, monkeypatch):
     segments = jnp.asarray(np.sort(rng.integers(1, 3, (2, T)), -1))
 
     def run(q, k, v):
-        return attention.attend(q, k, v, segments, 0.4)
+        return attention.attend(q, k, v, segments, segments, 0, 0.4)
 
     def gradients():  # a new function: jit would remember the chunk size it saw
         return quick_jit(jax.value_and_grad(lambda *a: (run(*a) ** 2).sum(), argnums=(0, 1, 2)))

@@ -31,7 +31,7 @@ def loss_fn(params, bias, batch, totals, step):
     return pretrain_loss(MODEL, params, bias, batch, totals, 0.3)
 
 
-STEP = make_train_step(TX, loss_fn, lambda step: 0.01)
+STEP = make_train_step(MODEL, TX, loss_fn, lambda step: 0.01)
 
 
 def rows(seed, count=8, T=12):
@@ -54,11 +54,12 @@ def compiled(mesh_text="data=1"):
 
 def run(mesh_text="data=1", steps=3, pieces=1):
     mesh, init, step = compiled(mesh_text)
-    state, history = init(jax.random.key(0)), []
-    for seed in range(steps):
-        parts = [Batch(*(x[i::pieces] for x in rows(seed))) for i in range(pieces)]
-        state, metrics = step(state, place_batch(parts, mesh), np.float32(np.inf))
-        history.append(jax.device_get(metrics))
+    with jax.set_mesh(mesh):
+        state, history = init(jax.random.key(0)), []
+        for seed in range(steps):
+            parts = [Batch(*(x[i::pieces] for x in rows(seed))) for i in range(pieces)]
+            state, metrics = step(state, place_batch(parts, mesh), np.float32(np.inf))
+            history.append(jax.device_get(metrics))
     return state, history
 
 

@@ -16,7 +16,7 @@ from deepseek_jax.convert.folder import HFFolder
 from deepseek_jax.convert.fp8 import E4M3, blocks
 from deepseek_jax.convert.memory import Leaf, insert, leaves, lookup, scale_path
 from deepseek_jax.convert.table import BLOCK_SIZE, Layout, axis_sizes, to_ours
-from deepseek_jax.model.transformer import DeepSeekV3, logical_axes
+from deepseek_jax.model.transformer import DeepSeekV3, abstract_params, logical_axes
 from deepseek_jax.sharding import param_shardings
 from deepseek_jax.types import Array, Params, UserError
 
@@ -153,13 +153,15 @@ def _region(
 
 
 def _placement(config: ModelConfig, mesh: Mesh | None) -> Params:
-    axes = logical_axes(DeepSeekV3(config))
+    model = DeepSeekV3(config)
+    axes = logical_axes(model)
     if mesh is None:
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         one = jax.tree.map(lambda _: device, axes, is_leaf=lambda x: isinstance(x, tuple))
         return {"params": one, "router_bias": device}
     everywhere = NamedSharding(mesh, PartitionSpec())
-    return {"params": param_shardings(mesh, axes), "router_bias": everywhere}
+    where = param_shardings(mesh, axes, abstract_params(model))
+    return {"params": where, "router_bias": everywhere}
 
 
 def _replicated(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:

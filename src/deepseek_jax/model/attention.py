@@ -13,6 +13,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from deepseek_jax import sharding
 from deepseek_jax.config import LATENT_NORM_EPS
 from deepseek_jax.model.layers import ParamModule, dot, rms_norm
 from deepseek_jax.model.rope import apply_rope
@@ -38,20 +39,25 @@ class LayerCache(NamedTuple):
 
 def attend(
     q_BTNH: Float[Array, "B T N H"],
-    k_BTNH: Float[Array, "B T N H"],
-    v_BTNO: Float[Array, "B T N O"],
+    k_BSNH: Float[Array, "B S N H"],
+    v_BSNO: Float[Array, "B S N O"],
     segment_ids_BT: Int[Array, "B T"],
+    key_segment_ids_BS: Int[Array, "B S"],
+    first: Int[Array, ""] | int,
     scale: float,
 ) -> Float[Array, "B T N O"]:
-    """Causal softmax attention within segments (V3 Eq. 10); scores and softmax in float32."""
-    T = q_BTNH.shape[1]
+    """Causal softmax attention within segments (V3 Eq. 10); scores and softmax in float32.
+
+    Query t is position ``first + t`` of the row whose S keys are all here.
+    """
+    T, S = q_BTNH.shape[1], k_BSNH.shape[1]
 
     def chunk(start: jax.Array, size: int) -> jax.Array:
         q = jax.lax.dynamic_slice_in_dim(q_BTNH, start, size, axis=1)
         segment = jax.lax.dynamic_slice_in_dim(segment_ids_BT, start, size, axis=1)
-        causal = (start + jnp.arange(size))[:, None] >= jnp.arange(T)[None, :]
-        seen = causal & (segment[:, :, None] == segment_ids_BT[:, None, :])
-        scores = jnp.einsum("btnh,bsnh->bnts", q, k_BTNH, preferred_element_type=jnp.float32)
+        causal = (first + start + jnp.arange(size))[:, None] >= jnp.arange(S)[None, :]
+        seen = causal & (segment[:, :, None] == key_segment_ids_BS[:, None, :])
+        scores = jnp.einsum("btnh,bsnh->bnts", q, k_BSNH, preferred_element_type=jnp.float32)
         scores = jnp.where(seen[:, None], scores * scale, -jnp.inf)
         # Softmax's division comes after the product with v: O numbers a query and not S.
         top = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
@@ -59,11 +65,11 @@ def attend(
         total_BTN1 = jnp.moveaxis(weights.sum(-1), 1, 2)[..., None]
         out = jnp.einsum(
             "bnts,bsno->btno",
-            weights.astype(v_BTNO.dtype),
-            v_BTNO,
+            weights.astype(v_BSNO.dtype),
+            v_BSNO,
             preferred_element_type=jnp.float32,
         )
-        return (out / total_BTN1).astype(v_BTNO.dtype)
+        return (out / total_BTN1).astype(v_BSNO.dtype)
 
     if T <= QUERY_CHUNK:
         return chunk(jnp.int32(0), T)
@@ -71,7 +77,7 @@ def attend(
     # Without the checkpoint the loop would keep every chunk's scores for the backward pass.
     body = jax.checkpoint(lambda start: chunk(start, QUERY_CHUNK))
     out = jax.lax.map(body, jnp.arange(0, whole, QUERY_CHUNK))
-    out = jnp.moveaxis(out, 0, 1).reshape(q_BTNH.shape[0], whole, *v_BTNO.shape[2:])
+    out = jnp.moveaxis(out, 0, 1).reshape(q_BTNH.shape[0], whole, *v_BSNO.shape[2:])
     if whole < T:
         out = jnp.concatenate([out, chunk(jnp.int32(whole), T - whole)], axis=1)
     return out
@@ -117,20 +123,34 @@ class MLA(ParamModule):
         q_BTNH = self._queries(x_BTD)
         q_pe_BTNP = apply_rope(q_BTNH[..., C:], positions.cos_BTp, positions.sin_BTp)
 
-        wkv_a_DX = self.weight("wkv_a", (D, R + P), ("embed", "kv_lora"))  # Eqs. 1 and 3
+        wkv_a_DX = self.weight("wkv_a", (D, R + P), ("embed", "latent_out"))  # Eqs. 1 and 3
         latent = checkpoint_name(dot("btd,dx->btx", x_BTD, wkv_a_DX, precision), "mla_latent")
         # Only c_kv is normalised; k_pe is shared by all heads.
         c_kv_BTR = rms_norm(latent[..., :R], self.scale("kv_norm", R), LATENT_NORM_EPS)
         k_pe_BTNP = apply_rope(latent[:, :, None, R:], positions.cos_BTp, positions.sin_BTp)
 
-        wkv_b_RNX = self.weight("wkv_b", (R, N, C + O), ("kv_lora", "heads", "head_dim"))
+        wkv_b_RNX = self.weight("wkv_b", (R, N, C + O), ("latent_in", "heads", "head_dim"))
         wo_NOD = self.weight("wo", (N, O, D), ("heads", "head_dim", "embed"))
         if cache is None:
-            kv_BTNX = dot("btr,rnx->btnx", c_kv_BTR, wkv_b_RNX, precision)  # Eqs. 2 and 5
-            k_pe = jnp.broadcast_to(k_pe_BTNP, (*k_pe_BTNP.shape[:2], N, P))
+            # Over several devices per row the latents are gathered, not the heads: R + P numbers
+            # a token instead of N (H + O).
+            c_kv = sharding.all_gather(c_kv_BTR, "sequence", 1)
+            k_pe = sharding.all_gather(k_pe_BTNP, "sequence", 1)
+            key_segments = sharding.all_gather(positions.segment_ids_BT, "sequence", 1)
+            kv_BSNX = dot("bsr,rnx->bsnx", c_kv, wkv_b_RNX, precision)  # Eqs. 2 and 5
+            k_pe = jnp.broadcast_to(k_pe, (*kv_BSNX.shape[:3], P))
             q = jnp.concatenate([q_BTNH[..., :C], q_pe_BTNP], axis=-1)
-            k = jnp.concatenate([kv_BTNX[..., :C], k_pe], axis=-1)
-            out = attend(q, k, kv_BTNX[..., C:], positions.segment_ids_BT, c.softmax_scale)
+            k = jnp.concatenate([kv_BSNX[..., :C], k_pe], axis=-1)
+            first = sharding.part_index("sequence") * x_BTD.shape[1]
+            out = attend(
+                q,
+                k,
+                kv_BSNX[..., C:],
+                positions.segment_ids_BT,
+                key_segments,
+                first,
+                c.softmax_scale,
+            )
         else:
             assert first_B is not None
             cache = write_cache(cache, c_kv_BTR, k_pe_BTNP[:, :, 0], first_B)
@@ -138,7 +158,8 @@ class MLA(ParamModule):
             out = attend_latent(q_nope, q_pe_BTNP, cache, first_B, c.softmax_scale)
             out = dot("btnr,rno->btno", out, wkv_b_RNX[..., C:], precision)
         out = checkpoint_name(out, "mla_heads")
-        return dot("btno,nod->btd", out, wo_NOD, precision), cache  # Eq. 11
+        out = dot("btno,nod->btd", out, wo_NOD, precision)  # Eq. 11
+        return sharding.psum(out, "heads"), cache
 
     def _queries(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T N H"]:
         c = self.config
@@ -146,8 +167,8 @@ class MLA(ParamModule):
         if Q is None:
             wq_DNH = self.weight("wq", (D, N, H), ("embed", "heads", "head_dim"))
             return dot("btd,dnh->btnh", x_BTD, wq_DNH, self.precision)
-        wq_a_DQ = self.weight("wq_a", (D, Q), ("embed", "q_lora"))
-        wq_b_QNH = self.weight("wq_b", (Q, N, H), ("q_lora", "heads", "head_dim"))
+        wq_a_DQ = self.weight("wq_a", (D, Q), ("embed", "latent_out"))
+        wq_b_QNH = self.weight("wq_b", (Q, N, H), ("latent_in", "heads", "head_dim"))
         c_q = checkpoint_name(dot("btd,dq->btq", x_BTD, wq_a_DQ, self.precision), "mla_latent")
         c_q = rms_norm(c_q, self.scale("q_norm", Q), LATENT_NORM_EPS)
         return dot("btq,qnh->btnh", c_q, wq_b_QNH, self.precision)  # Eqs. 6-8

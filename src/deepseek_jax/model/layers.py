@@ -8,7 +8,9 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from deepseek_jax import sharding
 from deepseek_jax.config import ModelConfig, Precision
+from deepseek_jax.types import UserError
 
 
 def dot(
@@ -35,11 +37,20 @@ def rms_norm(
 
 
 def swiglu(
-    gate: Float[Array, "*B F"], up: Float[Array, "*B F"], precision: Precision
+    gate: Float[Array, "*B F"],
+    up: Float[Array, "*B F"],
+    precision: Precision,
+    scale: Float[Array, "*B 1"] | None = None,
 ) -> Float[Array, "*B F"]:
-    """silu(gate) * up (Shazeer, 2020)."""
+    """silu(gate) * up (Shazeer, 2020), times ``scale``; in float32, rounded once."""
     out = jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
+    if scale is not None:
+        out *= scale
     return out.astype(precision.compute_dtype)
+
+
+# What every rematerialisation policy leaves out: weights gathered for one layer's use.
+GATHERED = "gathered_weight"
 
 
 class LogicalAxes(nn.Partitioned):
@@ -60,11 +71,21 @@ class ParamModule(nn.Module):
     config: ModelConfig
     precision: Precision
 
-    def weight(self, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> jax.Array:
-        """A matrix drawn from N(0, initializer_range^2) (V3 section 4.2)."""
-        return self._declare(
-            name, nn.initializers.normal(self.config.initializer_range), shape, axes
-        )
+    def weight(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        axes: tuple[str | None, ...],
+        dtype: Any = None,
+    ) -> jax.Array:
+        """A matrix drawn from N(0, initializer_range^2) (V3 section 4.2), in the compute dtype.
+
+        Per device it comes whole along the axes that it is only stored by (``sharding.STORED``).
+        """
+        init = nn.initializers.normal(self.config.initializer_range)
+        stored = self._declare(name, init, shape, axes)
+        whole = sharding.gathered(stored, axes, shape, dtype or self.precision.compute_dtype)
+        return checkpoint_name(whole, GATHERED)
 
     def scale(self, name: str, size: int) -> jax.Array:
         """The gain of an RMSNorm, initially 1."""
@@ -72,8 +93,17 @@ class ParamModule(nn.Module):
 
     def _declare(self, name: str, init: Any, shape: tuple[int, ...], axes: Any) -> jax.Array:
         dtype = self.precision.param_dtype
-        boxed: Any = self.param(name, lambda key: LogicalAxes(init(key, shape, dtype), axes))
-        return boxed  # Flax has taken it out of its box
+        if not self.has_variable("params", name):
+            boxed: Any = self.param(name, lambda key: LogicalAxes(init(key, shape, dtype), axes))
+            return boxed  # Flax has taken it out of its box
+        # Not through ``self.param``, which would compare a device's part with the whole shape.
+        value: Any = self.get_variable("params", name)
+        if value.shape != sharding.local_shape(axes, shape):
+            raise UserError(
+                f"parameter {'/'.join((*self.path, name))} has shape {value.shape}, not "
+                f"{sharding.local_shape(axes, shape)}; do the weights belong to this config?"
+            )
+        return value
 
 
 class FeedForward(ParamModule):
@@ -90,4 +120,5 @@ class FeedForward(ParamModule):
         w2_FD = self.weight("w2", (F, D), ("mlp", "embed"))
         gate = checkpoint_name(dot("btd,df->btf", x_BTD, w1_DF, self.precision), "ffn_gate")
         up = checkpoint_name(dot("btd,df->btf", x_BTD, w3_DF, self.precision), "ffn_up")
-        return dot("btf,fd->btd", swiglu(gate, up, self.precision), w2_FD, self.precision)
+        out = dot("btf,fd->btd", swiglu(gate, up, self.precision), w2_FD, self.precision)
+        return sharding.psum(out, "mlp")

@@ -5,12 +5,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
+from deepseek_jax import sharding
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.model.layers import FeedForward, ParamModule, swiglu
-from pallas_kernels.grouped_matmul import grouped_matmul
+from deepseek_jax.model.dispatch import ExpertParallel, routed_experts
+from deepseek_jax.model.experts import ExpertWeights
+from deepseek_jax.model.layers import FeedForward, ParamModule
 
 
 class Routing(NamedTuple):
@@ -24,12 +25,17 @@ class Routing(NamedTuple):
 
 
 class Balance(NamedTuple):
-    """What a MoE layer reports beside its output."""
+    """What a MoE layer reports beside its output; of this device's rows (see ``over_mesh``)."""
 
-    load_E: Int[Array, "E"]
+    load_E: Int[Array, "*L E"]
     """Tokens per expert, padding not counted."""
-    loss: Float[Array, ""]
+    loss: Float[Array, "*L"]
     """Balance losses, already multiplied by their alphas."""
+
+    def over_mesh(self) -> "Balance":
+        """Of the whole batch: loads added up, losses averaged over the sequences."""
+        load = sharding.psum(self.load_E, "batch", "sequence")
+        return Balance(load, sharding.pmean(self.loss, "batch"))
 
 
 def route(
@@ -72,24 +78,21 @@ def balance(routing: Routing, valid_BT: Bool[Array, "B T"], config: ModelConfig)
     chosen_BTE = jax.nn.one_hot(routing.experts_BTK, E, dtype=jnp.float32).sum(-2)
     chosen_BTE = chosen_BTE * valid_BT[..., None]
     load_E = chosen_BTE.sum((0, 1)).astype(jnp.int32)
-    v3 = config.topk_method == "noaux_tc"
-    loss = (sequence_loss if v3 else v2_losses)(routing.scores_BTE, chosen_BTE, valid_BT, config)
+    if config.topk_method == "noaux_tc":
+        loss = sequence_loss(routing.scores_BTE, valid_BT, config)
+    else:
+        loss = v2_losses(routing.scores_BTE, chosen_BTE, valid_BT, config)
     return Balance(load_E, loss)
 
 
 def sequence_loss(
-    scores_BTE: Float[Array, "B T E"],
-    chosen_BTE: Float[Array, "B T E"],
-    valid_BT: Bool[Array, "B T"],
-    config: ModelConfig,
+    scores_BTE: Float[Array, "B T E"], valid_BT: Bool[Array, "B T"], config: ModelConfig
 ) -> Float[Array, ""]:
     """Complementary sequence-wise balance loss (V3 Eqs. 17-20), mean over the sequences.
 
     As printed, f counts the top K of the *unbiased* affinities, so the loss pushes against the
-    router's own imbalance and not against the one that the bias has already mended;
-    ``chosen_BTE``, the biased choice, is not looked at.
+    router's own imbalance and not against the one that the bias has already mended.
     """
-    del chosen_BTE
     E, K = config.n_routed_experts, config.num_experts_per_tok
     _, top_BTK = jax.lax.top_k(jax.lax.stop_gradient(scores_BTE), K)
     counted_BTE = jax.nn.one_hot(top_BTK, E, dtype=jnp.float32).sum(-2) * valid_BT[..., None]
@@ -134,7 +137,9 @@ def _fractions(
 
 def _per_row(x_BTX: jax.Array, config: ModelConfig) -> jax.Array:
     """Sum within each sequence, or (``seq_aux=False``) over the micro-batch as one sequence."""
-    return x_BTX.sum(1) if config.seq_aux else x_BTX.sum((0, 1))[None]
+    if config.seq_aux:
+        return sharding.psum(x_BTX.sum(1), "sequence")
+    return sharding.psum(x_BTX.sum((0, 1))[None], "batch", "sequence")
 
 
 def updated_bias(
@@ -148,49 +153,10 @@ def updated_bias(
     return bias_LE + speed * jnp.sign(load.mean(-1, keepdims=True) - load)
 
 
-# --- dispatch --------------------------------------------------------------------------------
-
-
-@jax.custom_vjp
-def dispatch(
-    x_TD: Float[Array, "T D"], order_M: Int[Array, "M"], inverse_M: Int[Array, "M"]
-) -> Float[Array, "M D"]:
-    """One copy of each token per chosen expert, in the order ``order_M`` of (token, choice).
-
-    A gather whose gradient is again a gather: autodiff's would be a scatter-add, which is
-    serial on CPU and atomic on GPU.
-    """
-    return x_TD[order_M // (len(order_M) // len(x_TD))]
-
-
-def _dispatch_fwd(x_TD, order_M, inverse_M):
-    return dispatch(x_TD, order_M, inverse_M), (inverse_M, len(x_TD))
-
-
-def _dispatch_bwd(residuals, dy_MD):
-    inverse_M, T = residuals
-    return dy_MD[inverse_M].reshape(T, -1, dy_MD.shape[-1]).sum(1), None, None
-
-
-dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
-
-
-@jax.custom_vjp
-def permute(
-    x_MD: Float[Array, "M D"], order_M: Int[Array, "M"], inverse_M: Int[Array, "M"]
-) -> Float[Array, "M D"]:
-    """Row i of the result is row ``order_M[i]``; the gradient gathers by the inverse."""
-    return x_MD[order_M]
-
-
-permute.defvjp(
-    lambda x_MD, order_M, inverse_M: (x_MD[order_M], inverse_M),
-    lambda inverse_M, dy_MD: (dy_MD[inverse_M], None, None),
-)
-
-
 class MoE(ParamModule):
     """Routed experts plus shared experts (V3 Eq. 12). Dropless: every choice is computed."""
+
+    parallel: ExpertParallel = ExpertParallel()
 
     @nn.compact
     def __call__(
@@ -198,38 +164,25 @@ class MoE(ParamModule):
     ) -> tuple[Float[Array, "B T D"], Balance]:
         """Output of the layer, and the loads and losses that balance it."""
         c = self.config
-        D, E = c.hidden_size, c.n_routed_experts
-        gate_DE = self.weight("gate", (D, E), ("embed", None))
-        # V3 section 3.3.1 and Hugging Face: the gate is computed in float32 throughout.
-        logits_BTE = jnp.einsum(
-            "btd,de->bte", x_BTD.astype(jnp.float32), gate_DE.astype(jnp.float32)
-        )
-        routing = route(logits_BTE, bias_E, c)
-        routed = self._experts(x_BTD.reshape(-1, D), routing).reshape(x_BTD.shape)
-        if c.n_shared_experts:
-            width = c.n_shared_experts * c.moe_intermediate_size
-            routed += FeedForward(c, self.precision, width=width, name="shared_experts")(x_BTD)
-        return routed, balance(routing, valid_BT, c)
-
-    def _experts(self, x_TD: jax.Array, routing: Routing) -> jax.Array:
-        """Sort by expert, grouped SwiGLU, weighted un-sort."""
-        c, dtype = self.config, self.precision.compute_dtype
         D, F, E = c.hidden_size, c.moe_intermediate_size, c.n_routed_experts
-        w1_EDF = self.weight("w1", (E, D, F), ("expert", "embed", "mlp")).astype(dtype)
-        w3_EDF = self.weight("w3", (E, D, F), ("expert", "embed", "mlp")).astype(dtype)
-        w2_EFD = self.weight("w2", (E, F, D), ("expert", "mlp", "embed")).astype(dtype)
-
-        choices_M = routing.experts_BTK.reshape(-1)
-        order_M = jnp.argsort(choices_M, stable=True)
-        inverse_M = jnp.zeros_like(order_M).at[order_M].set(jnp.arange(len(order_M)))
-        group_sizes_E = jnp.bincount(choices_M, length=E).astype(jnp.int32)
-
-        x_MD = dispatch(x_TD.astype(dtype), order_M, inverse_M)
-        gate = checkpoint_name(grouped_matmul(x_MD, w1_EDF, group_sizes_E), "ffn_gate")
-        up = checkpoint_name(grouped_matmul(x_MD, w3_EDF, group_sizes_E), "ffn_up")
-        y_MD = grouped_matmul(swiglu(gate, up, self.precision), w2_EFD, group_sizes_E)
-        y_TKD = permute(y_MD, inverse_M, order_M).reshape(len(x_TD), -1, D)
-        weights_TK = routing.weights_BTK.reshape(len(x_TD), -1)
-        return jnp.einsum(
-            "tkd,tk->td", y_TKD, weights_TK.astype(dtype), preferred_element_type=jnp.float32
-        ).astype(dtype)
+        # V3 section 3.3.1 and Hugging Face: the gate is computed in float32 throughout.
+        gate_DE = self.weight("gate", (D, E), ("embed", None), jnp.float32)
+        logits_BTE = jnp.einsum("btd,de->bte", x_BTD.astype(jnp.float32), gate_DE)
+        routing = route(logits_BTE, bias_E, c)
+        weights = ExpertWeights(
+            self.weight("w1", (E, D, F), ("expert", "embed", "expert_mlp")),
+            self.weight("w3", (E, D, F), ("expert", "embed", "expert_mlp")),
+            self.weight("w2", (E, F, D), ("expert", "expert_mlp", "embed")),
+        )
+        out_BTD = routed_experts(
+            x_BTD.reshape(-1, D),
+            routing.experts_BTK.reshape(-1, c.num_experts_per_tok),
+            routing.weights_BTK.reshape(-1, c.num_experts_per_tok),
+            weights,
+            self.precision,
+            self.parallel,
+        ).reshape(x_BTD.shape)
+        if c.n_shared_experts:
+            width = c.n_shared_experts * F
+            out_BTD += FeedForward(c, self.precision, width=width, name="shared_experts")(x_BTD)
+        return out_BTD, balance(routing, valid_BT, c)

@@ -1,19 +1,25 @@
 """Multi-token prediction (V3 section 2.2, Eqs. 21-25)."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
+from deepseek_jax import sharding
 from deepseek_jax.model.attention import Positions
 from deepseek_jax.model.layers import ParamModule, dot, rms_norm
 from deepseek_jax.model.moe import Balance
 
 
 def shift_left(x_BT: Int[Array, "B T"] | Float[Array, "B T"], by: int) -> Array:
-    """x[i + by] at position i; zeros where the row ends."""
+    """x[i + by] at position i; zeros where the row ends (on whichever device that is)."""
     if by == 0:
         return x_BT
-    return jnp.pad(x_BT[:, by:], ((0, 0), (0, by)))
+    if sharding.parts("sequence") == 1:
+        return jnp.pad(x_BT[:, by:], ((0, 0), (0, by)))
+    return jnp.concatenate([x_BT[:, by:], sharding.from_next(x_BT[:, :by], "sequence")], axis=1)
 
 
 class MTPModule(ParamModule):
@@ -25,7 +31,7 @@ class MTPModule(ParamModule):
     MaxText take the states before the norm.
     """
 
-    block: type[nn.Module] = nn.Module
+    block: Callable[..., nn.Module] = nn.Module
 
     @nn.compact
     def __call__(
@@ -45,8 +51,8 @@ class MTPModule(ParamModule):
             ],
             axis=-1,
         )
-        eh_proj = self.weight("eh_proj", (2 * D, D), (None, "embed"))
+        eh_proj = self.weight("eh_proj", (2 * D, D), ("latent_out", "embed"))
         h_BTD = dot("btx,xd->btd", both, eh_proj, self.precision)  # Eq. 21
-        block = self.block(self.config, self.precision, use_moe=True, name="block")
+        block: Any = self.block(self.config, self.precision, name="block")
         h_BTD, (_, balance) = block(h_BTD, (bias_E, None), positions, None)  # Eq. 22
         return rms_norm(h_BTD, self.scale("norm", D), eps), balance

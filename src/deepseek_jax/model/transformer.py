@@ -12,7 +12,14 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from deepseek_jax import sharding
 from deepseek_jax.config import FLOAT32, ModelConfig, Precision, RematPolicy
 from deepseek_jax.model.attention import MLA, LayerCache, Positions
-from deepseek_jax.model.layers import FeedForward, LogicalAxes, ParamModule, rms_norm
+from deepseek_jax.model.dispatch import ExpertParallel
+from deepseek_jax.model.layers import (
+    GATHERED,
+    FeedForward,
+    LogicalAxes,
+    ParamModule,
+    rms_norm,
+)
 from deepseek_jax.model.moe import Balance, MoE
 from deepseek_jax.model.mtp import MTPModule, shift_left
 from deepseek_jax.model.rope import rope_tables
@@ -49,6 +56,7 @@ class Block(ParamModule):
     """Pre-norm residual block: MLA, then a dense FFN or DeepSeekMoE."""
 
     use_moe: bool = False
+    parallel: ExpertParallel = ExpertParallel()
 
     @nn.compact
     def __call__(
@@ -70,16 +78,23 @@ class Block(ParamModule):
             return x_BTD + ffn(normed), (cache, None)
         assert bias_E is not None
         valid_BT = positions.segment_ids_BT > 0
-        out, balance = MoE(c, precision, name="moe")(normed, bias_E, valid_BT)
+        out, balance = MoE(c, precision, self.parallel, name="moe")(normed, bias_E, valid_BT)
         return x_BTD + out, (cache, balance)
 
 
+def _all_but_gathered(primitive: Any, *_: Any, **params: Any) -> bool:
+    """Policy "none": weights gathered from other devices are gathered again, all else is kept."""
+    return primitive.name != "all_gather" and params.get("name") != GATHERED
+
+
 def _remat(block: type[Block], policy: RematPolicy) -> type[Block]:
-    if policy == "none":
-        return block
-    names = jax.checkpoint_policies.save_only_these_names(*_KEPT)
+    policies: dict[RematPolicy, Any] = {
+        "none": _all_but_gathered,
+        "selective": jax.checkpoint_policies.save_only_these_names(*_KEPT),
+        "full": None,
+    }
     # prevent_cse guards against XLA undoing the recomputation; inside a scan it cannot.
-    return nn.remat(block, prevent_cse=False, policy=names if policy == "selective" else None)
+    return nn.remat(block, prevent_cse=False, policy=policies[policy])
 
 
 class DeepSeekV3(ParamModule):
@@ -92,6 +107,7 @@ class DeepSeekV3(ParamModule):
 
     precision: Precision = Precision()
     remat: RematPolicy = "none"
+    parallel: ExpertParallel = ExpertParallel()
 
     def setup(self) -> None:
         """Declare parameters; the two layer stacks are scanned, so compile time is flat."""
@@ -111,10 +127,12 @@ class DeepSeekV3(ParamModule):
         )
         if dense := c.first_k_dense_replace:
             self.dense_layers = stack(length=dense)(c, self.precision)
+        moe = {"use_moe": True, "parallel": self.parallel}
         if c.num_moe_layers:
-            self.moe_layers = stack(length=c.num_moe_layers)(c, self.precision, use_moe=True)
+            self.moe_layers = stack(length=c.num_moe_layers)(c, self.precision, **moe)
         self.mtp = [
-            MTPModule(c, self.precision, block=block) for _ in range(c.num_nextn_predict_layers)
+            MTPModule(c, self.precision, block=functools.partial(block, **moe))
+            for _ in range(c.num_nextn_predict_layers)
         ]
 
     def __call__(
@@ -154,7 +172,8 @@ class DeepSeekV3(ParamModule):
         if segment_ids_BT is None:
             segment_ids_BT = jnp.ones((B, T), jnp.int32)
         if positions_BT is None:
-            positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
+            first = sharding.part_index("sequence") * T
+            positions_BT = jnp.broadcast_to(first + jnp.arange(T), (B, T))
         positions = Positions(*rope_tables(c, positions_BT), segment_ids_BT)
 
         h_BTD, _, balance = self._stack(
@@ -170,7 +189,8 @@ class DeepSeekV3(ParamModule):
             loads.append(balance.load_E[None])
             losses.append(balance.loss)
             mtp_BTD.append(h_BTD)
-        return Hidden(main_BTD, tuple(mtp_BTD), jnp.concatenate(loads), sum(losses, jnp.float32(0)))
+        balance = Balance(jnp.concatenate(loads), sum(losses, jnp.float32(0))).over_mesh()
+        return Hidden(main_BTD, tuple(mtp_BTD), balance.load_E, balance.loss)
 
     def decode(
         self, tokens_BT: Int[Array, "B T"], router_bias_LE: Float[Array, "L E"], cache: KVCache
@@ -195,10 +215,20 @@ class DeepSeekV3(ParamModule):
             self.head_DV.astype(hidden_BTD.dtype),
             preferred_element_type=jnp.dtype(self.precision.accumulate),
         )
-        return out.astype(self.precision.logits)
+        return sharding.all_gather(out.astype(self.precision.logits), "vocab", 2)
+
+    def head(self) -> Float[Array, "D V"]:
+        """The output head as the loss wants it; per device, its part of the vocabulary."""
+        return self.head_DV
 
     def _embed(self, tokens_BT: jax.Array) -> jax.Array:
-        return self.embed_VD[tokens_BT].astype(self.precision.compute_dtype)
+        here = self.embed_VD.shape[0]
+        if here == self.config.vocab_size:
+            return self.embed_VD[tokens_BT]
+        local_BT = tokens_BT - sharding.part_index("vocab") * here
+        own_BT1 = ((local_BT >= 0) & (local_BT < here))[..., None]
+        rows = self.embed_VD[jnp.clip(local_BT, 0, here - 1)]
+        return sharding.psum(jnp.where(own_BT1, rows, 0), "vocab")
 
     def _stack(
         self,
@@ -242,13 +272,39 @@ def init_router_bias(config: ModelConfig) -> Float[Array, "L E"]:
 
 
 def init_params(model: DeepSeekV3, key: PRNGKeyArray) -> Params:
-    """Random parameters as a plain nested dict; call it under ``jax.jit`` to shard the result."""
-    return nn.meta.unbox(_boxed(model, key))
+    """Random parameters as a plain nested dict; call it under ``jax.jit`` to shard the result.
+
+    One matrix of one layer is drawn at a time: random bits for all of them at once would take
+    more memory than the parameters.
+    """
+    axes, std = logical_axes(model), model.config.initializer_range
+    leaves, treedef = jax.tree.flatten(abstract_params(model))
+    names = jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, tuple))
+    drawn: list[jax.Array] = []
+    for index, (leaf, axis_names) in enumerate(zip(leaves, names, strict=True)):
+        if axis_names[-1] == "norm":
+            drawn.append(jnp.ones(leaf.shape, leaf.dtype))
+            continue
+        own = jax.random.fold_in(key, index)
+        if drawn:  # not before the last one is finished
+            own, drawn[-1] = jax.lax.optimization_barrier((own, drawn[-1]))
+        drawn.append(_draw(own, leaf.shape, leaf.dtype, std, stacked=axis_names[0] == "layers"))
+    return jax.tree.unflatten(treedef, drawn)
+
+
+def _draw(key: jax.Array, shape: tuple[int, ...], dtype: Any, std: float, *, stacked: bool):
+    def matrix(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        return (std * jax.random.normal(key, shape)).astype(dtype)
+
+    if not stacked:
+        return matrix(key, shape)
+    return jax.lax.map(lambda k: matrix(k, shape[1:]), jax.random.split(key, shape[0]))
 
 
 def abstract_params(model: DeepSeekV3) -> Params:
     """Shapes and dtypes of ``init_params``, nothing allocated."""
-    return jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
+    boxed = jax.eval_shape(functools.partial(_boxed, model), jax.random.key(0))
+    return nn.meta.unbox(boxed)
 
 
 def logical_axes(model: DeepSeekV3) -> Params:
@@ -271,11 +327,10 @@ def init_cache(config: ModelConfig, batch: int, slots: int, dtype: Any = jnp.flo
 
 def sharded_params(model: DeepSeekV3, mesh: Mesh) -> Params:
     """``abstract_params``, each leaf with its place on the mesh: what a loader fills."""
-    where = sharding.param_shardings(mesh, logical_axes(model))
+    shapes = abstract_params(model)
+    where = sharding.param_shardings(mesh, logical_axes(model), shapes)
     return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        abstract_params(model),
-        where,
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where
     )
 
 

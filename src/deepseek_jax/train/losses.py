@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from deepseek_jax import sharding
 from deepseek_jax.model.mtp import shift_left
 from deepseek_jax.model.transformer import DeepSeekV3, Hidden
 from deepseek_jax.types import Batch, Params
@@ -39,6 +40,8 @@ def cross_entropy(
 ) -> Float[Array, ""]:
     """Sum over rows of weight * -log softmax(hidden @ head)[target], in float32.
 
+    Per device: over its own rows; ``head_DV`` may be its part of the vocabulary.
+
     Logits exist for a chunk of rows at a time. When a gradient is wanted it is computed in the
     same pass, while the chunk's logits are there, so they are never computed twice.
     """
@@ -64,9 +67,15 @@ def _chunk_loss(chunk: tuple[jax.Array, jax.Array, jax.Array], head_DV: jax.Arra
     """Weighted loss of a chunk, and d loss / d logits."""
     hidden_CD, targets_C, weights_C = chunk
     logits = jnp.dot(hidden_CD, head_DV, preferred_element_type=jnp.float32)
-    total_C1 = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    picked_C1 = jnp.take_along_axis(logits, targets_C[:, None], axis=-1)
-    own = targets_C[:, None] == jnp.arange(logits.shape[-1])
+    V = logits.shape[-1]
+    targets_C1 = targets_C[:, None] - sharding.part_index("vocab") * V
+    here_C1 = (targets_C1 >= 0) & (targets_C1 < V)
+    picked_C1 = jnp.take_along_axis(logits, jnp.clip(targets_C1, 0, V - 1), axis=-1)
+    picked_C1 = sharding.psum(jnp.where(here_C1, picked_C1, 0), "vocab")
+    top_C1 = sharding.pmax(logits.max(-1, keepdims=True), "vocab")
+    sum_C1 = sharding.psum(jnp.exp(logits - top_C1).sum(-1, keepdims=True), "vocab")
+    total_C1 = top_C1 + jnp.log(sum_C1)
+    own = targets_C1 == jnp.arange(V)
     dlogits = (jnp.exp(logits - total_C1) - own) * weights_C[:, None]
     return ((total_C1 - picked_C1)[:, 0] * weights_C).sum(), dlogits
 
@@ -92,6 +101,8 @@ def _chunked_fwd(hidden_ND, head_DV, targets_N, weights_N, rows):
 
 def _chunked_bwd(rows, residuals, g):
     dhidden_ND, dhead_DV = residuals
+    # Every part of the vocabulary holds a share of the loss's cotangent.
+    g = sharding.psum(g, "vocab")
     # Weights get no gradient: they mask, and nothing learns them.
     return (
         (g * dhidden_ND).astype(dhidden_ND.dtype),
@@ -110,9 +121,15 @@ def batch_nats(
     targets_BT: Int[Array, "B T"],
     weights_BT: Float[Array, "B T"],
 ) -> Float[Array, ""]:
-    """``cross_entropy`` over the positions of a batch."""
+    """``cross_entropy`` over the positions of a batch, the whole mesh's."""
     flat_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
-    return cross_entropy(flat_ND, head_DV, targets_BT.reshape(-1), weights_BT.reshape(-1))
+    nats = cross_entropy(flat_ND, head_DV, targets_BT.reshape(-1), weights_BT.reshape(-1))
+    return sharding.psum(nats, "batch", "sequence")
+
+
+def head(model: DeepSeekV3, params: Params) -> Float[Array, "D V"]:
+    """The output head; per device, its part of the vocabulary."""
+    return cast(jax.Array, model.apply({"params": params}, method="head"))
 
 
 def hidden_states(
@@ -162,9 +179,10 @@ def pretrain_loss(
     """
     depths = model.config.num_nextn_predict_layers
     hidden = hidden_states(model, params, router_bias_LE, batch, mtp=depths > 0)
+    head_DV = head(model, params)
 
     def ce(h_BTD, targets_BT, weights_BT):
-        nats = batch_nats(h_BTD, params["head"], targets_BT, weights_BT)
+        nats = batch_nats(h_BTD, head_DV, targets_BT, weights_BT)
         return nats / jnp.maximum(totals.weight, 1)
 
     main = ce(hidden.main_BTD, batch.targets_BT, batch.loss_weights_BT)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Float, Int, PRNGKeyArray
 
 from deepseek_jax import sharding
@@ -18,46 +18,70 @@ from deepseek_jax.model.transformer import (
     init_params,
     init_router_bias,
     logical_axes,
+    sharded_params,
 )
 from deepseek_jax.train.losses import LossParts, Totals
 from deepseek_jax.train.optim import Schedule
 from deepseek_jax.types import Array, Batch, Params, TrainState
 
 Metrics = dict[str, Any]
+BATCH_SPEC = sharding.spec("accumulate", "batch", "sequence")
 # (params, router bias, micro-batch, totals of the step, step) -> (share of the loss, parts)
 LossFn = Callable[[Params, jax.Array, Batch, Totals, jax.Array], tuple[Float[Array, ""], LossParts]]
 TrainStep = Callable[[TrainState, Batch, Any], tuple[TrainState, Metrics]]
 
 
 def make_train_step(
-    tx: optax.GradientTransformation, loss_fn: LossFn, bias_speed: Schedule
+    model: DeepSeekV3, tx: optax.GradientTransformation, loss_fn: LossFn, bias_speed: Schedule
 ) -> TrainStep:
     """``step(state, batch_ABT, max_loss) -> (state, metrics)``, pure; jit it with donation.
 
     The leading axis of the batch is gradient accumulation. A step whose loss or gradient is
     not finite, or whose loss exceeds ``max_loss``, leaves the state as it was and says
     ``skipped`` = 1.
+
+    Under ``jax.set_mesh`` loss and gradients are computed per device (``sharding.per_device``):
+    ``loss_fn`` sees the device's own rows and must return the whole mesh's figures, as those of
+    ``train.losses`` do. Gradients are summed over replicas once per step, not per micro-batch.
     """
 
-    def gradients(state: TrainState, batch: Batch) -> tuple[Params, LossParts]:
-        totals = Totals(batch.loss_weights_BT.sum(), jnp.int32(batch.loss_weights_BT.shape[0]))
-        grad_fn = jax.grad(loss_fn, has_aux=True)
+    def gradients(
+        specs: Params, params: Params, bias_LE: jax.Array, batch: Batch, step: jax.Array
+    ) -> tuple[Params, LossParts]:
+        weight = sharding.psum(batch.loss_weights_BT.sum(), "batch", "sequence")
+        totals = Totals(weight, jnp.int32(batch.loss_weights_BT.shape[0]))
 
         def micro(micro_batch: Batch) -> tuple[Params, LossParts]:
-            return grad_fn(state.params, state.router_bias_LE, micro_batch, totals, state.step)
+            loss, pullback, parts = jax.vjp(
+                lambda p: loss_fn(p, bias_LE, micro_batch, totals, step), params, has_aux=True
+            )
+            # Every device returns the same loss; each starts from its share of the cotangent.
+            return pullback(jnp.full_like(loss, 1 / sharding.replicas()))[0], parts
 
         if batch.tokens_BT.shape[0] == 1:
-            return micro(Batch(*(x[0] for x in batch)))
+            grads, parts = micro(Batch(*(x[0] for x in batch)))
+            return sharding.sum_gradients(grads, specs), parts
 
         def body(total, micro_batch):
             return jax.tree.map(jnp.add, total, micro(micro_batch)), None
 
         first = jax.eval_shape(lambda b: micro(Batch(*(x[0] for x in b))), batch)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
-        return jax.lax.scan(body, zeros, batch)[0]
+        grads, parts = jax.lax.scan(body, zeros, batch)[0]
+        return sharding.sum_gradients(grads, specs), parts
+
+    def sharded_gradients(state: TrainState, batch: Batch) -> tuple[Params, LossParts]:
+        mesh, everywhere = jax.sharding.get_abstract_mesh(), sharding.spec()
+        specs = sharding.param_specs(mesh, logical_axes(model), state.params)
+        rows = Batch(*[BATCH_SPEC] * len(Batch._fields))
+        return sharding.per_device(
+            functools.partial(gradients, specs),
+            in_specs=(specs, everywhere, rows, everywhere),
+            out_specs=(specs, everywhere),
+        )(state.params, state.router_bias_LE, batch, state.step)
 
     def step(state: TrainState, batch: Batch, max_loss: Any) -> tuple[TrainState, Metrics]:
-        grads, parts = gradients(state, batch)
+        grads, parts = sharded_gradients(state, batch)
         norm = optax.tree.norm(grads)
         loss = parts.metrics["loss"]
         good = jnp.isfinite(loss) & jnp.isfinite(norm) & (loss <= max_loss)
@@ -98,34 +122,41 @@ def init_state(
     return TrainState(jnp.int32(0), params, tx.init(params), init_router_bias(model.config))
 
 
-def state_shardings(model: DeepSeekV3, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Where each leaf lives: optimizer moments with their parameters, the rest everywhere."""
-    params = sharding.param_shardings(mesh, logical_axes(model))
-    replicated = sharding.sharding(mesh)
-    abstract = jax.eval_shape(functools.partial(init_state, model, tx), jax.random.key(0))
+def abstract_state(model: DeepSeekV3, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and places of the state: what a checkpoint is restored into.
+
+    Optimizer moments lie with their parameters, the rest everywhere.
+
+    Raises:
+        UserError: if an axis of the mesh does not divide the dimension it must divide.
+    """
+    params, everywhere = sharded_params(model, mesh), sharding.sharding(mesh)
+    shapes = jax.eval_shape(
+        lambda p: TrainState(jnp.int32(0), p, tx.init(p), init_router_bias(model.config)), params
+    )
     opt_state = optax.tree_utils.tree_map_params(
         tx.init,
-        lambda _, where: where,
-        abstract.opt_state,
+        lambda _, param: param.sharding,
+        shapes.opt_state,
         params,
-        transform_non_params=lambda _: replicated,
+        transform_non_params=lambda _: everywhere,
     )
-    return TrainState(replicated, params, opt_state, replicated)
-
-
-def abstract_state(model: DeepSeekV3, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of the state: what a checkpoint is restored into."""
-    shapes = jax.eval_shape(functools.partial(init_state, model, tx), jax.random.key(0))
+    where = TrainState(
+        everywhere, jax.tree.map(lambda x: x.sharding, params), opt_state, everywhere
+    )
     return jax.tree.map(
-        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-        shapes,
-        state_shardings(model, tx, mesh),
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, where
     )
+
+
+def state_shardings(model: DeepSeekV3, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Where each leaf of ``abstract_state`` lives."""
+    return jax.tree.map(lambda x: x.sharding, abstract_state(model, tx, mesh))
 
 
 def place_batch(batches: list[Batch], mesh: Mesh) -> Batch:
     """This process's micro-batches as one global ``[A, B, T]`` batch on the mesh."""
-    where = sharding.sharding(mesh, "accumulate", "batch", "sequence")
+    where = NamedSharding(mesh, BATCH_SPEC)
     return Batch(
         *(
             jax.make_array_from_process_local_data(where, np.stack(x))

@@ -1,0 +1,274 @@
+"""Expert parallelism: tokens to the devices that hold their experts, and back. Dropless, exact.
+
+Two dispatchers behind one signature. Both compute every choice whatever the skew, and both give
+every token the same sum, to rounding.
+
+*ragged* sends a token once to every device that holds any of its experts (V3 section 3.2.2; with
+node-limited routing, to no more than ``topk_group`` devices where a device holds a group), in
+messages of exact size (``ragged_all_to_all``), and gets one row back from each. Its receive
+buffer has a fixed size; what does not fit takes another round, so memory is bounded without a
+token being dropped.
+
+*ring* passes every device's tokens round the expert axis. It sends more, but only to the
+neighbour, while the tokens at hand are computed; and it runs everywhere.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from deepseek_jax import sharding
+from deepseek_jax.config import Precision
+from deepseek_jax.model.experts import (
+    ExpertWeights,
+    from_pairs,
+    local_experts,
+    sorted_pairs,
+    to_pairs,
+)
+from deepseek_jax.types import UserError
+
+Dispatcher = Literal["auto", "ragged", "ring"]
+
+
+@dataclass(frozen=True)
+class ExpertParallel:
+    """How the expert axis of the mesh is used."""
+
+    dispatcher: Dispatcher = "auto"
+    """auto: ragged on TPU and GPU, ring on CPU, which has no ragged all-to-all."""
+    receive_factor: float = 1.5
+    """Size of ragged's receive buffer, in expert inputs per device under perfect balance."""
+
+    def __post_init__(self) -> None:
+        """Refuse a buffer that perfect balance would not fit in."""
+        if self.receive_factor < 1:
+            raise UserError(f"receive_factor={self.receive_factor} must be at least 1.")
+
+
+def routed_experts(
+    x_TD: Float[Array, "T D"],
+    experts_TK: Int[Array, "T K"],
+    gates_TK: Float[Array, "T K"],
+    weights: ExpertWeights,
+    precision: Precision,
+    parallel: ExpertParallel,
+) -> Float[Array, "T D"]:
+    """Sum over each token's K experts of gate * FFN(x) (V3 Eq. 12), in the compute dtype.
+
+    ``weights`` are the experts of this device; ``experts_TK`` counts all experts.
+    """
+    x_TD = x_TD.astype(precision.compute_dtype)
+
+    def compute(x, experts, gates, weights, most=None):
+        return local_experts(x, experts, gates, weights, precision, most)
+
+    if sharding.parts("expert") == 1:
+        out = compute(x_TD, experts_TK, gates_TK, weights)
+    elif parallel.dispatcher == "ring" or (
+        parallel.dispatcher == "auto" and sharding.platform() == "cpu"
+    ):
+        out = _ring(x_TD, experts_TK, gates_TK, weights, compute)
+    else:
+        out = _ragged(x_TD, experts_TK, gates_TK, weights, compute, parallel.receive_factor)
+    return sharding.psum(out.astype(precision.compute_dtype), "expert_mlp")
+
+
+# --- ring ------------------------------------------------------------------------------------
+
+
+def _ring(
+    x_TD: jax.Array,
+    experts_TK: jax.Array,
+    gates_TK: jax.Array,
+    weights: ExpertWeights,
+    compute: Callable[..., jax.Array],
+) -> jax.Array:
+    here = weights.w1_EDF.shape[0]
+    first = sharding.part_index("expert") * here
+    # Kept for the backward pass: the tokens that come by, and nothing of their experts.
+    compute = jax.checkpoint(compute)
+
+    def step(carry, _):
+        *tokens, sum_TD = carry
+        x, experts, gates = tokens
+        own = (experts >= first) & (experts < first + here)
+        sum_TD += compute(x, jnp.where(own, experts - first, here), gates, weights)
+        return tuple(sharding.to_neighbour(a, "expert") for a in (*tokens, sum_TD)), None
+
+    carry = (x_TD, experts_TK, gates_TK, jnp.zeros(x_TD.shape, jnp.float32))
+    return jax.lax.scan(step, carry, length=sharding.parts("expert"))[0][-1]
+
+
+# --- ragged all-to-all -----------------------------------------------------------------------
+
+
+class Exchange(NamedTuple):
+    """Slices of rows that change devices; entry i is the part of device i of the expert axis."""
+
+    send_offsets_N: Int[Array, "N"]
+    send_sizes_N: Int[Array, "N"]
+    recv_offsets_N: Int[Array, "N"]
+    recv_sizes_N: Int[Array, "N"]
+    there_offsets_N: Int[Array, "N"]
+    """Where on device i my slice is put."""
+    back_offsets_N: Int[Array, "N"]
+    """Where on device i the slice that it sent me was taken from."""
+
+    def back(self) -> "Exchange":
+        """The same slices, returned to where they came from."""
+        return Exchange(
+            self.recv_offsets_N,
+            self.recv_sizes_N,
+            self.send_offsets_N,
+            self.send_sizes_N,
+            self.back_offsets_N,
+            self.there_offsets_N,
+        )
+
+
+def plan_exchange(offsets_N: Int[Array, "N"], sizes_N: Int[Array, "N"]) -> Exchange:
+    """Tell every device what it will get; slices arrive end to end, in the senders' order."""
+    sent = jnp.stack([offsets_N, sizes_N], axis=1)
+    back_offsets, recv_sizes = sharding.all_to_all(sent, "expert").T
+    recv_offsets = jnp.cumsum(recv_sizes) - recv_sizes
+    there = sharding.all_to_all(recv_offsets, "expert")
+    return Exchange(offsets_N, sizes_N, recv_offsets, recv_sizes, there, back_offsets)
+
+
+def exchange(rows_SD: Any, exchange: Exchange, size: int) -> Any:
+    """The rows that arrive, in a buffer of ``size`` rows that is otherwise zero.
+
+    Its gradient is the exchange back.
+    """
+    return _exchange(rows_SD, exchange, size)
+
+
+def _exchange_now(rows_SD, ex: Exchange, size: int):
+    return sharding.ragged_all_to_all(
+        rows_SD,
+        size,
+        ex.send_offsets_N,
+        ex.send_sizes_N,
+        ex.there_offsets_N,
+        ex.recv_sizes_N,
+        "expert",
+    )
+
+
+_exchange = jax.custom_vjp(_exchange_now, nondiff_argnums=(2,))
+_exchange.defvjp(
+    lambda rows_SD, ex, size: (_exchange_now(rows_SD, ex, size), (ex, len(rows_SD))),
+    lambda size, saved, ct: (_exchange_now(ct, saved[0].back(), saved[1]), None),
+)
+
+
+class _Outgoing(NamedTuple):
+    """The rows a device sends, sorted by receiver and, within it, by round."""
+
+    experts_SK: jax.Array
+    """Each row's experts, counted on its receiver from 1; 0: not there."""
+    receiver_S: jax.Array
+    round_S: jax.Array
+    """In which round each row goes; negative: not a row."""
+    starts_N: jax.Array
+    """First row of each receiver."""
+    rounds: jax.Array
+    """Rounds of the whole expert axis: 1 unless the routing is skewed."""
+
+
+def _ragged(
+    x_TD: jax.Array,
+    experts_TK: jax.Array,
+    gates_TK: jax.Array,
+    weights: ExpertWeights,
+    compute: Callable[..., jax.Array],
+    factor: float,
+) -> jax.Array:
+    (T, K), N = experts_TK.shape, sharding.parts("expert")
+    here = weights.w1_EDF.shape[0]
+    # A device can receive no more than every token of the axis with as many experts as it has.
+    worst = N * T * min(K, here)
+    # Pairs are counted out to rounds by their first; the last row of a round may overhang.
+    pairs_size = min(worst, int(factor * T * K) + K - 1)
+    window = worst if pairs_size == worst else pairs_size - (K - 1)
+    rows_size = min(pairs_size, N * T)
+
+    # Each token's receivers, without repetition.
+    owner_TK = jnp.sort(experts_TK // here, axis=1)
+    again_TK = jnp.pad(owner_TK[:, 1:] == owner_TK[:, :-1], ((0, 0), (1, 0)))
+    rows = sorted_pairs(jnp.where(again_TK, N, owner_TK), N, T * min(K, N))
+    x_SD = to_pairs(x_TD, rows)
+    gates_SK = to_pairs(gates_TK, rows)
+    out = _outgoing(experts_TK[rows.token_M], rows.sizes_G, here, window)
+
+    def one_round(index, x_SD, gates_SK, weights, out):
+        goes = jax.nn.one_hot(out.receiver_S, N, dtype=jnp.int32)
+        before_N = ((out.round_S >= 0) & (out.round_S < index))[:, None] * goes
+        now_N = (out.round_S == index)[:, None] * goes
+        ex = plan_exchange(out.starts_N + before_N.sum(0), now_N.sum(0))
+        experts = exchange(out.experts_SK, ex, rows_size)
+        experts = jnp.where(experts == 0, here, experts - 1)
+        x, gates = exchange(x_SD, ex, rows_size), exchange(gates_SK, ex, rows_size)
+        y = compute(x, experts, gates, weights, pairs_size).astype(x_SD.dtype)
+        return exchange(y, ex.back(), len(x_SD))
+
+    if window == worst:
+        y_SD = one_round(0, x_SD, gates_SK, weights, out)
+    else:
+        y_SD = _all_rounds(one_round)(x_SD, gates_SK, weights, out)
+    return from_pairs(y_SD, rows)
+
+
+def _outgoing(experts_SK: jax.Array, sizes_N: jax.Array, here: int, window: int) -> _Outgoing:
+    """Work out who gets which rows when; ``experts_SK`` are the rows' choices, of all experts."""
+    S, N = len(experts_SK), len(sizes_N)
+    ends_N = jnp.cumsum(sizes_N)
+    starts_N = ends_N - sizes_N
+    receiver_S = jnp.searchsorted(ends_N, jnp.arange(S), side="right")  # N past the last row
+    there_SK = experts_SK // here == receiver_S[:, None]
+    local_SK = jnp.where(there_SK, experts_SK % here + 1, 0)
+    pairs_S = there_SK.sum(1)
+    before_S = jnp.cumsum(pairs_S) - pairs_S
+    pairs_N = jnp.zeros(N, pairs_S.dtype).at[receiver_S].add(pairs_S, mode="drop")
+    from_NN = sharding.all_gather(pairs_N[None], "expert", 0)  # [sender, receiver]
+    earlier_N = jnp.where(jnp.arange(N)[:, None] < sharding.part_index("expert"), from_NN, 0).sum(0)
+    own = jnp.minimum(receiver_S, N - 1)
+    at_S = before_S - (jnp.cumsum(pairs_N) - pairs_N)[own] + earlier_N[own]
+    round_S = jnp.where(receiver_S < N, at_S // window, -1)
+    rounds = jnp.maximum(-(-from_NN.sum(0).max() // window), 1)
+    return _Outgoing(local_SK, receiver_S, round_S, starts_N, rounds)
+
+
+def _all_rounds(one_round: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """The sum of all rounds, with its gradient.
+
+    By hand, for their number depends on the data. The first round keeps its activations like any
+    layer; later ones, which only skewed routing has, are computed again.
+    """
+
+    @jax.custom_vjp
+    def run(x_SD, gates_SK, weights, out):
+        return forward(x_SD, gates_SK, weights, out)[0]
+
+    def forward(x_SD, gates_SK, weights, out):
+        floats = (x_SD, gates_SK, weights)
+        y_SD, pullback = jax.vjp(lambda *floats: one_round(0, *floats, out), *floats)
+        y_SD = jax.lax.fori_loop(1, out.rounds, lambda i, y: y + one_round(i, *floats, out), y_SD)
+        return y_SD, (pullback, floats, out)
+
+    def backward(saved, ct_SD):
+        pullback, floats, out = saved
+
+        def add_round(i, total):
+            again = jax.vjp(lambda *floats: one_round(i, *floats, out), *floats)[1]
+            return jax.tree.map(jnp.add, total, again(ct_SD))
+
+        return *jax.lax.fori_loop(1, out.rounds, add_round, pullback(ct_SD)), None
+
+    run.defvjp(forward, backward)
+    return run

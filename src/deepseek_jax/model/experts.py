@@ -1,0 +1,102 @@
+"""The routed experts of one device: gather the chosen tokens, grouped SwiGLU, sum back."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from deepseek_jax.config import Precision
+from deepseek_jax.model.layers import swiglu
+from pallas_kernels.grouped_matmul import grouped_matmul
+
+
+class Pairs(NamedTuple):
+    """(token, key) pairs sorted by key; the keys are experts, or the devices that hold them."""
+
+    token_M: Int[Array, "M"]
+    """Whose row each pair takes. Past the last pair: any token."""
+    choice_M: Int[Array, "M"]
+    """Which of the flattened (token, slot) choices each pair is."""
+    slot_TK: Int[Array, "T K"]
+    """Where each choice lies among the pairs; M for a choice that is absent."""
+    sizes_G: Int[Array, "G"]
+    """Pairs of each key."""
+
+
+def sorted_pairs(keys_TK: Int[Array, "T K"], num_keys: int, most: int) -> Pairs:
+    """Sort the choices by key. Those with key ``num_keys`` are absent; ``most`` bounds the rest."""
+    T, K = keys_TK.shape
+    keys = keys_TK.reshape(-1)
+    order = jnp.argsort(keys, stable=True)
+    place = jnp.zeros_like(order).at[order].set(jnp.arange(T * K), unique_indices=True)
+    slot_TK = jnp.where(keys < num_keys, place, most).reshape(T, K)
+    sizes_G = jnp.bincount(keys, length=num_keys).astype(jnp.int32)
+    order = order[:most]
+    return Pairs(order // K, order, slot_TK.astype(jnp.int32), sizes_G)
+
+
+@jax.custom_vjp
+def to_pairs(x_TD: Float[Array, "T D"], pairs: Pairs) -> Float[Array, "M D"]:
+    """A copy of its token's row for every pair.
+
+    Its gradient is ``from_pairs``, and the other way round: gathers both, where autodiff would
+    scatter-add, which is serial on CPU and atomic on GPU.
+    """
+    return x_TD[pairs.token_M]
+
+
+@jax.custom_vjp
+def from_pairs(y_MD: Float[Array, "M D"], pairs: Pairs) -> Float[Array, "T D"]:
+    """The sum of its pairs' rows for every token, in float32."""
+    T, K = pairs.slot_TK.shape
+    rows = y_MD.at[pairs.slot_TK.reshape(-1)].get(mode="fill", fill_value=0)
+    return rows.reshape(T, K, -1).sum(1, dtype=jnp.float32)
+
+
+to_pairs.defvjp(
+    lambda x_TD, pairs: (to_pairs(x_TD, pairs), pairs),
+    lambda pairs, ct_MD: (from_pairs(ct_MD, pairs).astype(ct_MD.dtype), None),
+)
+from_pairs.defvjp(
+    lambda y_MD, pairs: (from_pairs(y_MD, pairs), (pairs, jnp.zeros((), y_MD.dtype))),
+    lambda saved, ct_TD: (to_pairs(ct_TD.astype(saved[1].dtype), saved[0]), None),
+)
+
+
+class ExpertWeights(NamedTuple):
+    """The device's own experts, in the compute dtype."""
+
+    w1_EDF: Float[Array, "E D F"]
+    w3_EDF: Float[Array, "E D F"]
+    w2_EFD: Float[Array, "E F D"]
+
+
+def local_experts(
+    x_TD: Float[Array, "T D"],
+    experts_TK: Int[Array, "T K"],
+    gates_TK: Float[Array, "T K"],
+    weights: ExpertWeights,
+    precision: Precision,
+    most: int | None = None,
+) -> Float[Array, "T D"]:
+    """Sum over the chosen experts that are here of gate * FFN(x) (V3 Eq. 12), in float32.
+
+    ``experts_TK`` counts from the first expert here; E (how many there are) means elsewhere. At
+    most ``most`` choices may be here; default: every token may choose as many as there are.
+
+    The gate multiplies SwiGLU's product and not the output: w2 is linear, and so the product
+    costs no pass of its own.
+    """
+    (T, K), E = experts_TK.shape, weights.w1_EDF.shape[0]
+    most = T * min(K, E) if most is None else most
+    pairs = sorted_pairs(experts_TK, E, most)
+    times = functools.partial(grouped_matmul, group_sizes_G=pairs.sizes_G)
+    x_MD = to_pairs(x_TD.astype(precision.compute_dtype), pairs)
+    each = Pairs(pairs.choice_M, pairs.choice_M, pairs.slot_TK.reshape(-1, 1), pairs.sizes_G)
+    gates_M1 = to_pairs(gates_TK.reshape(-1, 1), each)
+    gate = checkpoint_name(times(x_MD, weights.w1_EDF), "ffn_gate")
+    up = checkpoint_name(times(x_MD, weights.w3_EDF), "ffn_up")
+    return from_pairs(times(swiglu(gate, up, precision, gates_M1), weights.w2_EFD), pairs)
