@@ -49,6 +49,8 @@ class Collective(NamedTuple):
     executions: int
     buffer: str
     """The largest operand, as in ``bf16[4096,7168]``."""
+    rows: int
+    """Its first dimension."""
     source: str
     """Where in the model it comes from: XLA's ``op_name``."""
     groups: Int[np.ndarray, "groups size"]
@@ -60,6 +62,12 @@ class Collective(NamedTuple):
     def total(self) -> float:
         """Bytes that a device sends in one step."""
         return self.sent * self.executions
+
+    def filled(self, rows: float | int) -> "Collective":
+        """A ragged exchange whose buffer holds so many rows; any other is as it was."""
+        if self.kind != "ragged-all-to-all":
+            return self
+        return self._replace(sent=self.sent * min(1.0, rows / self.rows))
 
 
 def collectives(program: Program, mesh_shape: Mapping[str, int]) -> list[Collective]:
@@ -114,9 +122,10 @@ def _collective(
         kind,
         axes_of(groups, mesh_shape),
         size,
-        held * factor,
+        float(held * factor),
         times,
         "" if largest is None else f"{largest.dtype}[{','.join(map(str, largest.dims))}]",
+        largest.dims[0] if largest is not None and largest.dims else 1,
         source[1] if source else "",
         groups,
         instruction.opcode.endswith("-start") or computation.name.startswith("async"),

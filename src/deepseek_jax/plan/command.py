@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,14 +11,16 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from deepseek_jax import sharding
-from deepseek_jax.config import ModelConfig, Precision, RematPolicy
-from deepseek_jax.model.transformer import param_counts
+from deepseek_jax.config import Dtype, ModelConfig, Precision, RematPolicy
+from deepseek_jax.model.dispatch import ExpertParallel
+from deepseek_jax.model.transformer import DeepSeekV3, param_counts
 from deepseek_jax.plan import compile as compiler
 from deepseek_jax.plan.flops import training_flops_per_token
-from deepseek_jax.plan.report import Plan, analyse, ranked
+from deepseek_jax.plan.report import Plan, Routed, analyse, ranked
 from deepseek_jax.plan.search import candidates
 from deepseek_jax.plan.show import Stage, draw, plan_table, search_table
 from deepseek_jax.plan.topology import Topology, parse_topology, topology_devices
+from deepseek_jax.plan.traffic import expected_receivers
 from deepseek_jax.presets import preset
 from deepseek_jax.train.optim import OptimConfig
 from deepseek_jax.types import UserError
@@ -48,8 +51,10 @@ class PlanConfig:
     """Where plan.json and plan.png go; with ``--search``, search.json."""
     save_hlo: bool = False
     """Keep the optimized program beside them."""
+    moments: Dtype = "float32"
+    """Storage of Adam's moments."""
     precision: Precision = field(default_factory=Precision)
-    optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ExpertParallel = field(default_factory=ExpertParallel)
 
 
 def plan(config: PlanConfig, console: Console | None = None) -> list[Plan]:
@@ -105,7 +110,19 @@ def plan_one(
         step="decode" if config.decode else "train",
         tokens=tokens,
         model_flops=flops,
-        ragged_share=1.0,
+        routed=_routed(config, mesh),
+    )
+
+
+def _routed(config: PlanConfig, mesh: Mesh) -> Routed:
+    """Under balanced load and uniform routing; see ``traffic``."""
+    devices = math.prod(mesh.shape[axis] for axis in sharding.COMPUTE["expert"])
+    parts = sharding.batch_shards(mesh) * (1 if config.decode else sharding.sequence_shards(mesh))
+    tokens = config.batch // config.micro_batches / parts * (1 if config.decode else config.seq)
+    receivers = expected_receivers(config.model, devices)
+    pairs = tokens * config.model.num_experts_per_tok
+    return Routed(
+        tokens * receivers, pairs / devices if config.parallel.dispatcher == "ring" else pairs
     )
 
 
@@ -114,8 +131,8 @@ def _step(config: PlanConfig, mesh: Mesh) -> tuple[Callable[[], object], int, fl
     compiler.check_rows(config.batch, config.micro_batches, config.seq, mesh)
     if config.decode:
         precision = dataclasses.replace(config.precision, params=config.precision.compute)
-        model = compiler.make_model(
-            config.model.replace(num_nextn_predict_layers=0), precision, "none"
+        model = DeepSeekV3(
+            config.model.replace(num_nextn_predict_layers=0), precision, "none", config.parallel
         )
         # Two for every activated parameter, and both products of absorbed attention.
         c = config.model
@@ -123,10 +140,10 @@ def _step(config: PlanConfig, mesh: Mesh) -> tuple[Callable[[], object], int, fl
         per_token = 2.0 * param_counts(c).active + attention * config.seq * c.num_hidden_layers
         lower = compiler.decode_step(model, mesh, config.batch, config.seq)
         return lower, config.batch, per_token * config.batch
-    model = compiler.make_model(config.model, config.precision, config.remat or "full")
+    model = DeepSeekV3(config.model, config.precision, config.remat or "full", config.parallel)
     lower = compiler.training_step(
         model,
-        config.optim,
+        OptimConfig(moments=config.moments),
         mesh,
         config.micro_batches,
         config.batch // config.micro_batches,

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from deepseek_jax import sharding
-from deepseek_jax.config import ModelConfig, Precision, RematPolicy
 from deepseek_jax.model.transformer import (
     DeepSeekV3,
     init_cache,
@@ -176,20 +175,3 @@ def check_rows(rows: int, micro_batches: int, seq_len: int, mesh: Mesh) -> None:
             f"a sequence of {seq_len} cannot be divided over {sharding.sequence_shards(mesh)} "
             "shards of the context axis."
         )
-
-
-def check_precision(decode: bool, precision: Precision, remat: RematPolicy) -> None:
-    """Refuse what would be silently without effect.
-
-    Raises:
-        UserError: for a rematerialization policy with ``decode``, which has no backward pass.
-    """
-    if decode and remat != "none":
-        raise UserError("decode has no backward pass: leave --remat out.")
-
-
-def make_model(
-    config: ModelConfig, precision: Precision, remat: RematPolicy, **options: Any
-) -> DeepSeekV3:
-    """The model as the training loop builds it."""
-    return DeepSeekV3(config, precision, remat, **options)

@@ -204,9 +204,9 @@ def parse_shapes(text: str) -> tuple[Shape, ...]:
 
 def _element_bytes(dtype: str) -> float:
     if dtype in _BYTES:
-        return _BYTES[dtype]
+        return float(_BYTES[dtype])
     bits = re.match(r"[a-z]+(\d+)", dtype)  # f8e4m3fn: the first number
-    return int(bits[1]) / 8 if bits else 0
+    return int(bits[1]) / 8 if bits else 0.0
 
 
 # --- the call graph --------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
@@ -47,6 +47,9 @@ class Plan:
     """XLA's own count: every loop's body once."""
     hbm_bytes: float
     collectives: tuple[Collective, ...]
+    """Ragged exchanges with all of their buffers, which is more than they send."""
+    rows: float
+    """Rows that a device sends at expectation in one exchange of a MoE layer."""
     open_loops: tuple[str, ...]
     """Loops whose trips depend on the routing, counted as not entered."""
     roofline: Roofline | None
@@ -56,12 +59,17 @@ class Plan:
         """Of the whole slice, at the roofline; 0 if it does not fit."""
         return self.tokens / self.roofline.best if self.roofline else 0.0
 
-    def sent(self) -> dict[tuple[str, str], float]:
-        """Bytes sent per (kind, axes), largest first."""
+    def sent(self, *, buffers: bool = False) -> dict[tuple[str, str], float]:
+        """Bytes sent per (kind, axes), largest first.
+
+        Ragged exchanges count the rows of uniform routing, or with ``buffers`` all they have
+        room for.
+        """
         total: dict[tuple[str, str], float] = {}
         for one in self.collectives:
             key = one.kind, "+".join(one.axes)
-            total[key] = total.get(key, 0.0) + one.total
+            part = one.total if buffers else one.filled(self.rows).total
+            total[key] = total.get(key, 0.0) + part
         return dict(sorted(total.items(), key=lambda item: -item[1]))
 
     def to_json(self) -> dict[str, Any]:
@@ -77,8 +85,9 @@ class Plan:
             "best": self.roofline.best,
             "serial": self.roofline.serial,
         }
+        buffers = self.sent(buffers=True)
         record["sent"] = [
-            {"kind": kind, "axes": axes, "bytes": total}
+            {"kind": kind, "axes": axes, "bytes": total, "bytes_of_buffers": buffers[kind, axes]}
             for (kind, axes), total in self.sent().items()
         ]
         record["largest_collectives"] = [
@@ -96,6 +105,15 @@ class Plan:
         return record
 
 
+class Routed(NamedTuple):
+    """What the routing puts into the buffers of one MoE layer of a device, at expectation."""
+
+    rows: float
+    """Tokens sent to other devices, or kept, once per device that holds an expert of theirs."""
+    pairs: float
+    """(token, expert) pairs computed at a time."""
+
+
 def analyse(
     compiled: Compiled,
     topology: Topology,
@@ -105,9 +123,9 @@ def analyse(
     step: str,
     tokens: int,
     model_flops: float,
-    ragged_share: float | int,
+    routed: Routed,
 ) -> Plan:
-    """Read a compiled step. ``ragged_share`` is the filled part of grouped products' rows."""
+    """Read a compiled step."""
     hbm = topology.chip.hbm / topology.chip.devices
     common: dict[str, Any] = {
         "title": title,
@@ -125,20 +143,22 @@ def analyse(
         "compile_seconds": compiled.compile_seconds,
         "model_flops": model_flops / mesh.size,
         "xla_flops": compiled.flops_once,
+        "rows": routed.rows,
     }
     if compiled.memory is None:
         return Plan(**common, flops=0, hbm_bytes=0, collectives=(), open_loops=(), roofline=None)
     program = hlo.parse(compiled.text)
-    done = work.count(program)
-    flops = done.flops + done.ragged_flops * ragged_share
+    done = work.count(program, routed.pairs)
+    flops = done.flops + done.ragged_flops
     sent = tuple(collectives(program, mesh.shape))
+    filled = [one.filled(routed.rows) for one in sent]
     return Plan(
         **common,
         flops=flops,
         hbm_bytes=done.hbm_bytes,
         collectives=sent,
         open_loops=program.open_loops,
-        roofline=roofline(topology, coordinates(mesh), flops, done.hbm_bytes, sent),
+        roofline=roofline(topology, coordinates(mesh), flops, done.hbm_bytes, filled),
     )
 
 

@@ -112,9 +112,11 @@ def _work_rows(table: Table, plan: Plan) -> None:
 
 def _traffic_rows(table: Table, plan: Plan) -> None:
     table.add_section()
+    buffers = plan.sent(buffers=True)
     for (kind, axes), total in plan.sent().items():
-        waits = {one.is_async for one in plan.collectives if one.kind == kind}
-        note = f"over {axes}" + (", partly asynchronous" if True in waits else "")
+        note = f"over {axes}"
+        if kind == "ragged-all-to-all":
+            note += f"; its buffers {_bytes(buffers[kind, axes])}"
         table.add_row(kind, _bytes(total), note)
     if not plan.collectives:
         table.add_row("collectives", "none", "")

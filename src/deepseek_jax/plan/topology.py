@@ -114,7 +114,7 @@ def topology_devices(topology: Topology) -> list[Any]:
     # and it takes a lock file for a device that is not there.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")  # any; the name below decides
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
     os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")

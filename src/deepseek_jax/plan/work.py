@@ -26,13 +26,19 @@ class Work(NamedTuple):
     flops: float
     """Of dense products; a multiplication and an addition each."""
     ragged_flops: float
-    """Of grouped (per-expert) products, if every row of their buffers were taken."""
+    """Of grouped (per-expert) products, of the rows that are there."""
     hbm_bytes: float
     """Operands and results of all that is not fused into something else."""
 
 
-def count(program: Program) -> Work:
-    """Add up the program, loops by their trips."""
+def count(program: Program, pairs: float | int = math.inf) -> Work:
+    """Add up the program, loops by their trips.
+
+    Args:
+        program: a parsed module.
+        pairs: (token, expert) pairs that a grouped product really has. Its buffer has room for
+            more, and the kernels pass over the rest.
+    """
     flops = ragged = moved = 0.0
     for name, computation in program.computations.items():
         if not (times := program.executions[name]):
@@ -41,7 +47,7 @@ def count(program: Program) -> Work:
             if instruction.opcode in ("convolution", "dot"):
                 flops += times * product_flops(instruction, computation)
             elif is_ragged(instruction):
-                ragged += times * ragged_flops(instruction, computation)
+                ragged += times * ragged_flops(instruction, computation, pairs)
             if name not in program.fused:
                 moved += times * _moved(program, instruction, computation)
     return Work(flops, ragged, moved)
@@ -113,13 +119,15 @@ def is_ragged(instruction: Instruction) -> bool:
     )
 
 
-def ragged_flops(instruction: Instruction, computation: Computation) -> float:
+def ragged_flops(
+    instruction: Instruction, computation: Computation, pairs: float | int = math.inf
+) -> float:
     """2 M K N: every row with one matrix, or (weight gradient) every row into one matrix."""
     rows, other = operand_shapes(instruction, computation)[-2:]
     if instruction.opcode == "ragged-dot":
         rows, other = operand_shapes(instruction, computation)[:2]
     M, K = rows.dims
-    return 2.0 * M * K * other.dims[-1]
+    return 2.0 * min(M, pairs) * K * other.dims[-1]
 
 
 # --- memory ----------------------------------------------------------------------------------
@@ -133,24 +141,24 @@ def _moved(program: Program, instruction: Instruction, computation: Computation)
     """
     opcode = instruction.opcode
     if opcode in _FREE:
-        return 0
+        return 0.0
     operands = [computation.instructions.get(name) for name in instruction.operands]
     reads = [_in_hbm(x.shapes) if x is not None else 0 for x in operands]
     writes = _in_hbm(instruction.shapes)
     if opcode in ("dynamic-slice", "slice", "gather"):
-        return 2 * writes
+        return 2.0 * writes
     if opcode == "dynamic-update-slice":
-        return 2 * reads[1]
+        return 2.0 * reads[1]
     if opcode.endswith("-start"):  # its result repeats the operand
-        return 2 * sum(reads)
+        return 2.0 * sum(reads)
     if opcode == "fusion" and (inner := _inner(program, instruction)) is not None:
         reads = [min(read, _read_inside(inner, i)) for i, read in enumerate(reads)]
         writes = min(writes, _written_inside(inner, writes))
-    return sum(reads) + writes
+    return float(sum(reads) + writes)
 
 
 def _in_hbm(shapes: tuple[Shape, ...]) -> float:
-    return sum(shape.bytes for shape in shapes if shape.in_hbm)
+    return float(sum(shape.bytes for shape in shapes if shape.in_hbm))
 
 
 def _inner(program: Program, fusion: Instruction) -> Computation | None:
