@@ -8,9 +8,19 @@ import jax
 _log = logging.getLogger(__name__)
 
 
+def platform() -> str:
+    """What is compiled for: the devices of the mesh that is set, else the default backend.
+
+    They differ when a program is compiled ahead of time, for a machine that is not there.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    device = None if mesh.empty else mesh.abstract_device
+    return device.platform if device else jax.default_backend()
+
+
 def on_hopper() -> bool:
     """Whether the default device is a Hopper GPU; imports Pallas' GPU half only on a GPU."""
-    if jax.default_backend() != "gpu":
+    if platform() not in ("gpu", "cuda") or jax.default_backend() != "gpu":
         return False
     from pallas_kernels.hopper import compat
 

@@ -1,9 +1,10 @@
 """Ragged (per-expert) matmul: rows sorted by group, one weight matrix per group.
 
 On Hopper GPUs, in bfloat16, the three products (forward, and the gradients of rows and of matrices)
-are kernels of `pallas_kernels.hopper`. ``jax.lax.ragged_dot`` does G times the work on CPU (a dense
-product with every group, then a mask) and about a thirtieth of the dense rate on Hopper, so it is
-used on TPU alone.
+are kernels of `pallas_kernels.hopper`; on TPU they are jax's own (megablox). Not used anywhere is
+``jax.lax.ragged_dot``: on CPU it does G times the work (a dense product with every group, then a
+mask), as it does on TPU for the gradient of the matrices, and on Hopper it reaches a thirtieth of
+the dense rate.
 
 The groups need not fill the array. Rows past the last group are padding: they come out as zeros,
 take part in no sum whatever they hold (a NaN included), and get a zero gradient. Expert
@@ -19,12 +20,14 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import backend
 
-Impl = Literal["auto", "hopper", "blocked", "ragged_dot"]
+Impl = Literal["auto", "hopper", "tpu", "blocked"]
 
 # Rows per dense product. A group wastes half a block on average, so small blocks for few rows;
 # large enough that the product, not the loop around it, takes the time.
 _BLOCK_ROWS = {"cpu": 128}
 _BLOCK_ROWS_ELSEWHERE = 512
+# Tiles of M, K and N on TPU: about 10 MiB of VMEM with double buffering, of 16 to 32.
+_TPU_TILES = (512, 1024, 1024)
 
 
 def grouped_matmul(
@@ -42,8 +45,9 @@ def grouped_matmul(
         group_sizes_G: rows of each group, 0 allowed. The sum may be less than M, never more.
         impl: ``hopper`` needs bfloat16 operands, and K and N that are multiples of 64;
             ``blocked`` loops over row blocks of one group each; in both, work is proportional to
-            the rows of the groups, padding not counted. ``ragged_dot`` is XLA's. ``auto`` takes
-            ragged_dot on TPU, hopper where it can run, blocked elsewhere, and logs what it took.
+            the rows of the groups, padding not counted; so it is in ``tpu``, which copies ``x``
+            unless M is a multiple of 512, and wants ``check_vma=False`` in `shard_map`. ``auto`` takes tpu on TPU, hopper where it can run,
+            blocked elsewhere, and logs what it took.
 
     Returns:
         ``[M, N]`` in the dtype of ``x``; sums are float32.
@@ -55,8 +59,8 @@ def grouped_matmul(
     if impl == "auto":
         impl = _pick(x_MK, w_GKN)
         backend.say_once("grouped_matmul", impl)
-    if impl == "ragged_dot":
-        return _ragged_dot(x_MK, w_GKN, group_sizes_G)
+    if impl == "tpu":
+        return _tpu(x_MK, w_GKN, group_sizes_G, backend.platform() != "tpu")
     if impl == "hopper":
         if not _hopper_can(x_MK, w_GKN):
             raise ValueError(
@@ -66,13 +70,13 @@ def grouped_matmul(
         return _hopper(x_MK, w_GKN, group_sizes_G, False)
     if x_MK.shape[0] == 0:
         return jnp.zeros((0, w_GKN.shape[2]), x_MK.dtype)
-    rows = min(_BLOCK_ROWS.get(jax.default_backend(), _BLOCK_ROWS_ELSEWHERE), x_MK.shape[0])
+    rows = min(_BLOCK_ROWS.get(backend.platform(), _BLOCK_ROWS_ELSEWHERE), x_MK.shape[0])
     return _blocked(x_MK, w_GKN, group_sizes_G, rows)
 
 
 def _pick(x_MK: jax.Array, w_GKN: jax.Array) -> Impl:
-    if jax.default_backend() == "tpu":
-        return "ragged_dot"
+    if backend.platform() == "tpu":
+        return "tpu"
     return "hopper" if backend.on_hopper() and _hopper_can(x_MK, w_GKN) else "blocked"
 
 
@@ -82,12 +86,52 @@ def _hopper_can(x_MK: jax.Array, w_GKN: jax.Array) -> bool:
     return in_bfloat16 and K % 64 == N % 64 == 0 and 0 not in (*x_MK.shape, *w_GKN.shape)
 
 
-def _ragged_dot(x_MK: jax.Array, w_GKN: jax.Array, sizes_G: jax.Array) -> jax.Array:
-    """XLA's, with padding rows made zeros on the way in and, for the gradient, on the way out."""
-    inside_M1 = (jnp.arange(x_MK.shape[0]) < jnp.sum(sizes_G))[:, None]
-    x_MK = jnp.where(inside_M1, x_MK, 0)
-    out = jax.lax.ragged_dot(x_MK, w_GKN, sizes_G, preferred_element_type=jnp.float32)
-    return jnp.where(inside_M1, out, 0).astype(x_MK.dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _tpu(x_MK: jax.Array, w_GKN: jax.Array, sizes_G: jax.Array, interpret: bool) -> jax.Array:
+    return _megablox(x_MK, w_GKN, sizes_G, interpret, transpose_w=False)
+
+
+def _megablox(x_MK, w_GKN, sizes_G, interpret: bool, *, transpose_w: bool) -> jax.Array:
+    from jax.experimental.pallas.ops.tpu.megablox.ops import backend as megablox
+
+    M, N = x_MK.shape[0], w_GKN.shape[1 if transpose_w else 2]
+    if 0 in (M, N, *w_GKN.shape):
+        return jnp.zeros((M, N), x_MK.dtype)
+    rows, tiles = _whole_tiles(x_MK, N)
+    out = megablox.gmm(
+        rows, w_GKN, sizes_G, x_MK.dtype, tiles, transpose_rhs=transpose_w, interpret=interpret
+    )
+    # Rows that belong to no group are not written at all.
+    return jnp.where((jnp.arange(M) < sizes_G.sum())[:, None], out[:M], 0)
+
+
+def _whole_tiles(x_MK: jax.Array, N: int) -> tuple[jax.Array, tuple[int, int, int]]:
+    """``x`` with rows up to a multiple of the tile (the kernel's demand), and the tile."""
+    M, K = x_MK.shape
+    tm, tk, tn = _TPU_TILES
+    tm = min(tm, -(-M // 8) * 8)
+    padded = x_MK if M % tm == 0 else jnp.pad(x_MK, ((0, -M % tm), (0, 0)))
+    return padded, (tm, min(tk, K), min(tn, N))
+
+
+def _tpu_fwd(x_MK, w_GKN, sizes_G, interpret):
+    return _tpu(x_MK, w_GKN, sizes_G, interpret), (x_MK, w_GKN, sizes_G)
+
+
+def _tpu_bwd(interpret, residuals, dy_MN):
+    from jax.experimental.pallas.ops.tpu.megablox.ops import backend as megablox
+
+    x_MK, w_GKN, sizes_G = residuals
+    dx_MK = _megablox(dy_MN, w_GKN, sizes_G, interpret, transpose_w=True)
+    if 0 in (*x_MK.shape, *w_GKN.shape):
+        return dx_MK, jnp.zeros_like(w_GKN), None
+    rows, tiles = _whole_tiles(x_MK, dy_MN.shape[1])
+    dy_rows, _ = _whole_tiles(dy_MN, dy_MN.shape[1])
+    dw_GKN = megablox.tgmm(rows.T, dy_rows, sizes_G, w_GKN.dtype, tiles, interpret=interpret)
+    return dx_MK, dw_GKN, None
+
+
+_tpu.defvjp(_tpu_fwd, _tpu_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

@@ -38,6 +38,48 @@ class Quantized(NamedTuple):
     scale: Float[Array, "..."]
 
 
+class RaggedTiles(NamedTuple):
+    """Tiles of 128 rows, none with rows of two groups, in the order of the groups.
+
+    Each group's first tile starts at its first row and its last tile may be shorter, so that a
+    group's scales never depend on another's rows. The tiles come as arrays because group sizes are
+    known on the device only; there are ``count`` of them, the entries past that are not used.
+
+    Attributes:
+        count: Number of tiles, ``[1]``.
+        first_T: The row that stands first in each tile. It lies before the tile's own rows where
+            128 rows would run past the end of the matrix.
+        low_T: The first row that is the tile's own. The rest of the tile's rows count as zeros.
+        high_T: The row after the last of its own.
+        offset_G: The first tile of each group.
+        tiles_G: Tiles of each group.
+    """
+
+    count: Int[Array, "1"]
+    first_T: Int[Array, "T"]
+    low_T: Int[Array, "T"]
+    high_T: Int[Array, "T"]
+    offset_G: Int[Array, "G"]
+    tiles_G: Int[Array, "G"]
+
+
+def ragged_tiles(group_sizes: Int[Array, "G"], m: int) -> RaggedTiles:
+    """Cut the groups of m rows into tiles; with one group of all rows, every 128 rows are one."""
+    sizes_G = group_sizes.astype(jnp.int32)
+    ends_G = jnp.cumsum(sizes_G)
+    tiles_G = (sizes_G + TILE - 1) // TILE
+    tile_ends_G = jnp.cumsum(tiles_G)
+    most = (m + (TILE - 1) * len(sizes_G)) // TILE  # sum of ceil(size / 128), at the worst
+    index_T = jnp.arange(most, dtype=jnp.int32)
+    group_T = jnp.sum(index_T[:, None] >= tile_ends_G, axis=1, dtype=jnp.int32)
+    group_T = jnp.minimum(group_T, len(sizes_G) - 1)
+    offset_G = tile_ends_G - tiles_G
+    low_T = (ends_G - sizes_G)[group_T] + (index_T - offset_G[group_T]) * TILE
+    high_T = jnp.minimum(low_T + TILE, ends_G[group_T])
+    first_T = jnp.clip(low_T, 0, max(m - TILE, 0))
+    return RaggedTiles(tile_ends_G[-1:], first_T, low_T, high_T, offset_G, tiles_G)
+
+
 def scales_of(amax: Float[Array, "..."], *, power_of_two: bool = False) -> Float[Array, "..."]:
     """FP32 scales that map ``amax`` to the largest E4M3 number.
 
@@ -80,6 +122,28 @@ def quantize_tiles(
     scale_Rk = scales_of(jnp.max(jnp.abs(x_RkT), axis=2), power_of_two=power_of_two)
     values = to_e4m3(x_RkT / scale_Rk[:, :, None]).reshape(rows, -1)[:, :k]
     return Quantized(values, scale_Rk.T)
+
+
+def quantize_tiles_ragged(
+    x_MK: Float[Array, "M K"], tiles: RaggedTiles, *, power_of_two: bool = False
+) -> Quantized:
+    """The quantized transpose, in 1x128 tiles along the rows, none of which straddles two groups.
+
+    Tile t fills the columns ``[128 t, 128 t + 128)`` of ``values``, so every group starts at a
+    whole tile there; rows that are not the tile's own are zeros. What tiles past ``tiles.count``
+    hold is not defined.
+    """
+    row_TI = tiles.first_T[:, None] + jnp.arange(TILE)
+    own_TI = (row_TI >= tiles.low_T[:, None]) & (row_TI < tiles.high_T[:, None])
+    x_XK = jnp.take(x_MK, row_TI.reshape(-1), axis=0, mode="clip")
+    x_XK = jnp.where(own_TI.reshape(-1, 1), x_XK, 0)
+    return quantize_tiles(x_XK, axis=0, power_of_two=power_of_two)
+
+
+def swiglu(gate: Float[Array, "M K"], up: Float[Array, "M K"]) -> Float[Array, "M K"]:
+    """``silu(gate) * up`` in FP32, in the dtype of ``gate``."""
+    gate_fp32 = gate.astype(jnp.float32)
+    return (gate_fp32 / (1.0 + jnp.exp(-gate_fp32)) * up.astype(jnp.float32)).astype(gate.dtype)
 
 
 def quantize_blocks(w_RK: Float[Array, "*G R K"], *, power_of_two: bool = False) -> Quantized:
@@ -183,16 +247,18 @@ def fp8_grouped_matmul(
 
 
 def fp8_grouped_wgrad(
-    a: Quantized, b: Quantized, group_sizes: Int[Array, "G"], *, out_dtype=jnp.float32
+    a: Quantized, b: Quantized, tiles: RaggedTiles, *, out_dtype=jnp.float32
 ) -> Float[Array, "G M N"]:
-    """Weight gradients of the grouped matmul: the contracted axis is cut into the groups.
+    """Weight gradients of the grouped matmul: for each group, the product over its own tiles.
 
-    Both operands have 1x128 tiles. The result is computed from the dequantized operands, because a
-    group may end inside a tile; a kernel may sum in any order within a group.
+    Both operands come from `quantize_tiles_ragged` with the same ``tiles``. A group without tiles
+    gets zeros, and tiles of no group affect nothing.
     """
-    a_MK, b_NK = dequantize(a), dequantize(b)
-    own_GK = _own_rows(group_sizes, a_MK.shape[1])[:, None, :]
-    a_GMK, b_GNK = (jnp.where(own_GK, x, 0.0) for x in (a_MK, b_NK))
+    index_T = jnp.arange(a.scale.shape[0])
+    low_G1, count_G1 = tiles.offset_G[:, None], tiles.tiles_G[:, None]
+    own_GT = (index_T >= low_G1) & (index_T < low_G1 + count_G1)
+    own_GK = jnp.repeat(own_GT, TILE, axis=1)[:, None, :]
+    a_GMK, b_GNK = (jnp.where(own_GK, dequantize(q), 0.0) for q in (a, b))
     return jnp.einsum("GMK,GNK->GMN", a_GMK, b_GNK, precision="highest").astype(out_dtype)
 
 

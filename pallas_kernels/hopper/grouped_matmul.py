@@ -1,9 +1,11 @@
 """Grouped (per-expert) matmul on Hopper: ragged rows, one weight matrix per group.
 
 The block of threads is that of `pallas_kernels.hopper.matmul`: a producer warpgroup that keeps a
-ring of shared-memory stages full, and two consumers with 64 rows each. Tiles are 128 rows by 256
-columns: short, because a group ends inside a tile; wide, because the weights then pass through
-shared memory half as often.
+ring of shared-memory stages full, and two consumers with 64 rows each, which multiply twice per
+stage. Either the tile is wide, 128 rows by 256 columns, in two halves of the columns: short,
+because a group ends inside a tile. Or it is tall, 256 rows by 128 columns, in two waves of rows: a
+shorter loop in FP8, because the compiler then clears no accumulator (docs/performance.md), and
+worth the rows that are wasted where groups have many.
 
 No row is moved or padded. A tile starts at the last multiple of 8 rows before its group (Mosaic
 tiles memory by 8 rows), computes a few rows of a neighbouring group where it must, and stores only
@@ -28,18 +30,24 @@ from pallas_kernels.reference import TILE, Quantized
 
 _WARPGROUPS = 2
 _ROWS = 64
-_TILE_ROWS = _WARPGROUPS * _ROWS
-_TILE_COLUMNS = 256
+_PART = (_WARPGROUPS * _ROWS, 128)  # of a tile: what is multiplied at a time
+_TALL_FROM = 1024  # rows per group, on average, from which FP8 tiles are tall
 _ALIGNMENT = 8  # rows
 _STORE_COLUMNS = 64  # 128 bytes of bfloat16: one swizzle, and the alignment TMA asks of a row
+_EDGE_COLUMNS = 32  # stored at a time where a tile is not whole: shared memory is full
 _STEP_BYTES = 128  # of K in a stage: 64 bfloat16 or 128 E4M3
 _STAGES = 4
-_CHUNK = 16  # tiles of M that share the columns of a weight before the next columns' turn
+_CHUNK = 16  # wide tiles of M that share the columns of a weight before the next columns' turn
 _REGISTERS_PRODUCER, _REGISTERS_CONSUMER = 40, 232
 
 
-def row_tiles(group_sizes: Int[Array, "G"], m: int) -> tuple[jax.Array, ...]:
+def row_tiles(group_sizes: Int[Array, "G"], m: int, rows: int = _PART[0]) -> tuple[jax.Array, ...]:
     """The tiles of M that the groups need, and then those of the rows past the last group.
+
+    Args:
+        group_sizes: rows of each group.
+        m: rows of all groups together and past the last.
+        rows: rows of a tile.
 
     Returns:
         Five int32 arrays: the number of tiles [1], and for each tile its group (G past the last
@@ -51,15 +59,15 @@ def row_tiles(group_sizes: Int[Array, "G"], m: int) -> tuple[jax.Array, ...]:
     ends = jnp.cumsum(sizes)
     starts = ends - sizes
     first = starts // _ALIGNMENT * _ALIGNMENT
-    tiles = jnp.where(sizes > 0, -((first - ends) // _TILE_ROWS), 0)
+    tiles = jnp.where(sizes > 0, -((first - ends) // rows), 0)
     tile_ends = jnp.cumsum(tiles)
-    most = (m + (_ALIGNMENT - 1) * len(sizes)) // _TILE_ROWS + len(sizes)
+    most = (m + (_ALIGNMENT - 1) * len(sizes)) // rows + len(sizes)
     index = jnp.arange(most, dtype=jnp.int32)
     group = jnp.sum(index[:, None] >= tile_ends, axis=1, dtype=jnp.int32)
     group = jnp.minimum(group, len(sizes) - 1)
-    row = first[group] + (index - (tile_ends - tiles)[group]) * _TILE_ROWS
+    row = first[group] + (index - (tile_ends - tiles)[group]) * rows
     low = jnp.maximum(row, starts[group])
-    high = jnp.minimum(row + _TILE_ROWS, ends[group])
+    high = jnp.minimum(row + rows, ends[group])
     return tile_ends[-1:], group, row, low, high
 
 
@@ -87,16 +95,21 @@ def grouped_matmul(
     (m, k), n = x_MK.shape, w.shape[1 if transpose_w else 2]
     if k % 64 or n % 64:
         raise ValueError(f"K and N must be multiples of 64, not {k} and {n}")
-    kernel = _Kernel(_aligned(m), _wide(n), k, jnp.dtype(x_MK.dtype), transpose_w)
+    kernel = _Kernel(_aligned(m), _wide(n), k, jnp.dtype(x_MK.dtype), transpose_w, tall=False)
     x_MK = jnp.pad(x_MK, ((0, kernel.m - m), (0, 0)))
     columns = (0, kernel.n - n)
     w = jnp.pad(w, ((0, 0), columns, (0, 0)) if transpose_w else ((0, 0), (0, 0), columns))
-    tiles = row_tiles(group_sizes, kernel.m)
+    tiles = row_tiles(group_sizes, kernel.m, kernel.tile[0])
     return kernel.call(interpret)(*tiles, x_MK, w)[:m, :n]
 
 
 def fp8_grouped_matmul(
-    a: Quantized, b: Quantized, group_sizes: Int[Array, "G"], *, interpret: bool = False
+    a: Quantized,
+    b: Quantized,
+    group_sizes: Int[Array, "G"],
+    *,
+    tall: bool | None = None,
+    interpret: bool = False,
 ) -> Float[Array, "M N"]:
     """The grouped form of the block-scaled FP8 matmul, with a BF16 result.
 
@@ -104,6 +117,7 @@ def fp8_grouped_matmul(
         a: [M, K] values with 1x128 tile scales, rows in group order.
         b: [G, N, K] values with 128x128 block scales.
         group_sizes: rows of each group, 0 allowed; rows past their sum come out as zeros.
+        tall: whether tiles are tall; by default, where groups have many rows on average.
         interpret: simulate on the CPU.
 
     Raises:
@@ -112,11 +126,13 @@ def fp8_grouped_matmul(
     (m, k), n = a.values.shape, b.values.shape[1]
     if k % TILE or n % 64:
         raise ValueError(f"K must be a multiple of 128 and N of 64, not {k} and {n}")
-    kernel = _Kernel(_aligned(m), _wide(n), k, jnp.dtype(a.values.dtype), True)
+    if tall is None:
+        tall = m >= _TALL_FROM * len(group_sizes)
+    kernel = _Kernel(_aligned(m), _wide(n), k, jnp.dtype(a.values.dtype), True, tall)
     a_values = jnp.pad(a.values, ((0, kernel.m - m), (0, 0)))
     a_scale = jnp.pad(a.scale, ((0, 0), (0, kernel.m - m)))
     b_values = jnp.pad(b.values, ((0, 0), (0, kernel.n - n), (0, 0)))
-    tiles = row_tiles(group_sizes, kernel.m)
+    tiles = row_tiles(group_sizes, kernel.m, kernel.tile[0])
     return kernel.call(interpret)(*tiles, a_values, b_values, a_scale, b.scale)[:m, :n]
 
 
@@ -138,6 +154,12 @@ class _Kernel:
     k: int
     dtype: jnp.dtype
     transpose_w: bool
+    tall: bool
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """Rows and columns of a tile: two parts, below each other or side by side."""
+        return (2 * _PART[0], _PART[1]) if self.tall else (_PART[0], 2 * _PART[1])
 
     @property
     def fp8(self) -> bool:
@@ -153,22 +175,24 @@ class _Kernel:
 
     @property
     def n_tiles(self) -> int:
-        return pl.cdiv(self.n, _TILE_COLUMNS)
+        return pl.cdiv(self.n, self.tile[1])
 
     def call(self, interpret: bool):
         operand = (plgpu.TilingTransform((8, self.k_tile)), plgpu.SwizzleTransform(128))
         result = (plgpu.TilingTransform((8, _STORE_COLUMNS)), plgpu.SwizzleTransform(128))
-        half = (_TILE_COLUMNS // 2, self.k_tile)
-        if not self.transpose_w:
-            half = half[::-1]
+        columns = (_PART[1], self.k_tile) if self.transpose_w else (self.k_tile, _PART[1])
+        a_parts, b_parts = (2, 1) if self.tall else (1, 2)
         staged = (_WARPGROUPS, _ROWS, _STORE_COLUMNS)
+        edge = (_WARPGROUPS, _ROWS, _EDGE_COLUMNS)
         scratch = dict(
-            a_smem=plgpu.SMEM((_STAGES, _TILE_ROWS, self.k_tile), self.dtype, transforms=operand),
-            b_smem=plgpu.SMEM((_STAGES, 2, *half), self.dtype, transforms=operand),
-            a_scale_smem=plgpu.SMEM((_STAGES, _TILE_ROWS), jnp.float32) if self.fp8 else None,
+            a_smem=plgpu.SMEM(
+                (_STAGES, a_parts, _PART[0], self.k_tile), self.dtype, transforms=operand
+            ),
+            b_smem=plgpu.SMEM((_STAGES, b_parts, *columns), self.dtype, transforms=operand),
+            a_scale_smem=plgpu.SMEM((_STAGES, self.tile[0]), jnp.float32) if self.fp8 else None,
             out_smem=plgpu.SMEM(staged, jnp.bfloat16, transforms=result),
             # Rows are stored from here one by one, which a swizzle does not allow.
-            edge_smem=plgpu.SMEM(staged, jnp.bfloat16),
+            edge_smem=plgpu.SMEM(edge, jnp.bfloat16),
             full=plgpu.Barrier(num_arrivals=2 + self.fp8, num_barriers=_STAGES),
             full_second=plgpu.Barrier(num_barriers=_STAGES),
             empty=plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=_STAGES),
@@ -182,7 +206,8 @@ class _Kernel:
 
             def tile(info):
                 """Entries of the list of tiles, the column, and how much of K is to be summed."""
-                t, n_tile = plgpu.planar_snake(info.index[0], (count[0], self.n_tiles), 0, _CHUNK)
+                chunk = _CHUNK * _PART[0] // self.tile[0]
+                t, n_tile = plgpu.planar_snake(info.index[0], (count[0], self.n_tiles), 0, chunk)
                 k_steps = lax.select(group[t] < b.shape[0], jnp.int32(self.k_steps), jnp.int32(0))
                 first = pl.multiple_of(row[t], _ALIGNMENT)
                 return group[t], first, low[t], high[t], n_tile, k_steps
@@ -207,7 +232,7 @@ class _Kernel:
         )
 
     def produce(self, steps, tile, a, b, a_scale, refs):
-        """Keep the ring full; the weights come in two halves, each with a barrier."""
+        """Keep the ring full; what the second part needs has a barrier of its own."""
         plgpu.set_max_registers(_REGISTERS_PRODUCER, action="decrease")
         load = plgpu.copy_gmem_to_smem
 
@@ -216,24 +241,30 @@ class _Kernel:
         @plgpu.nd_loop(steps, collective_axes="sm", init_carry=ring.start())
         def per_tile(info, carry):
             group, row, _, _, n_tile, k_steps = tile(info)
-            rows = pl.ds(row, _TILE_ROWS)
 
             def step(k, position):
                 ring.acquire(position, empty)
                 slot = position.slot
                 ks = pl.ds(k * self.k_tile, self.k_tile)
-                full = refs["full"].at[slot]
-                load(a.at[rows, ks], refs["a_smem"].at[slot], full)
-                if self.fp8:
-                    load(a_scale.at[k, rows], refs["a_scale_smem"].at[slot], full)
-                for half in range(2):
-                    start = n_tile * _TILE_COLUMNS + half * (_TILE_COLUMNS // 2)
-                    columns = pl.ds(start, _TILE_COLUMNS // 2)
+                full, second = refs["full"].at[slot], refs["full_second"].at[slot]
+
+                def rows(part):
+                    source = a.at[pl.ds(row + part * _PART[0], _PART[0]), ks]
+                    load(source, refs["a_smem"].at[slot, part], second if part else full)
+
+                def columns(part):
+                    wanted = pl.ds(n_tile * self.tile[1] + part * _PART[1], _PART[1])
                     source = (
-                        b.at[group, columns, ks] if self.transpose_w else b.at[group, ks, columns]
+                        b.at[group, wanted, ks] if self.transpose_w else b.at[group, ks, wanted]
                     )
-                    barrier = full if half == 0 else refs["full_second"].at[slot]
-                    load(source, refs["b_smem"].at[slot, half], barrier)
+                    load(source, refs["b_smem"].at[slot, part], second if part else full)
+
+                rows(0)
+                if self.fp8:
+                    scales = a_scale.at[k, pl.ds(row, self.tile[0])]
+                    load(scales, refs["a_scale_smem"].at[slot], full)
+                columns(0)
+                rows(1) if self.tall else columns(1)
                 return ring.advance(position)
 
             return lax.fori_loop(0, k_steps, step, carry)
@@ -255,22 +286,23 @@ class _Kernel:
 
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    def operands(self, slot, half, warpgroup, refs):
-        a = refs["a_smem"].at[slot, pl.ds(warpgroup * _ROWS, _ROWS)]
-        b = refs["b_smem"].at[slot, half]
+    def operands(self, slot, part, warpgroup, refs):
+        a_part, b_part = (part, 0) if self.tall else (0, part)
+        a = refs["a_smem"].at[slot, a_part, pl.ds(warpgroup * _ROWS, _ROWS)]
+        b = refs["b_smem"].at[slot, b_part]
         return a, b.T if self.transpose_w else b
 
     def sum_bf16(self, slot, group, n_tile, k_steps, warpgroup, b_scale, refs):
         """All of K in the accumulators of the tensor cores, one product always in flight."""
         del group, n_tile, b_scale
-        shape = (_ROWS, _TILE_COLUMNS // 2)
+        shape = (_ROWS, _PART[1])
 
         def mainloop(first, second):
             def step(k, carry):
                 slot, previous = carry
-                for half, accumulator in enumerate((first, second)):
-                    plgpu.barrier_wait(refs["full" if half == 0 else "full_second"].at[slot])
-                    plgpu.wgmma(accumulator, *self.operands(slot, half, warpgroup, refs))
+                for part, accumulator in enumerate((first, second)):
+                    plgpu.barrier_wait(refs["full" if part == 0 else "full_second"].at[slot])
+                    plgpu.wgmma(accumulator, *self.operands(slot, part, warpgroup, refs))
                 # Two products per stage: those of the stage before are finished.
                 plgpu.wgmma_wait(2)
 
@@ -294,15 +326,16 @@ class _Kernel:
 
     def sum_fp8(self, slot, group, n_tile, k_steps, warpgroup, b_scale, refs):
         """Every 128 of K promoted into FP32 registers, as in `pallas_kernels.hopper.matmul`."""
-        shape = (_ROWS, _TILE_COLUMNS // 2)
-        last_block = b_scale.shape[1] - 1
+        shape = (_ROWS, _PART[1])
         group = lax.min(group, jnp.int32(b_scale.shape[0] - 1))
+        blocks = self.tile[1] // _PART[1]
 
         def block_scales(k):
+            """Of each of the tile's blocks of 128 columns; those past the edge do not matter."""
             k = lax.min(k, jnp.int32(self.k_steps - 1))
+            last = jnp.int32(b_scale.shape[1] - 1)
             return tuple(
-                b_scale[group, lax.min(2 * n_tile + half, jnp.int32(last_block)), k]
-                for half in range(2)
+                b_scale[group, lax.min(blocks * n_tile + block, last), k] for block in range(blocks)
             )
 
         def step(k, carry):
@@ -310,20 +343,22 @@ class _Kernel:
             next_scales_b = block_scales(k + 1)
             new_totals = []
             scale = None
-            for half, total in enumerate(totals):
-                plgpu.barrier_wait(refs["full" if half == 0 else "full_second"].at[slot])
-                if half == 0:
-                    scale = refs["a_scale_smem"][slot, pl.ds(warpgroup * _ROWS, _ROWS)]
-                scale_half = lax.broadcast_in_dim(scale * scales_b[half], shape, (0,))
+            for part, total in enumerate(totals):
+                plgpu.barrier_wait(refs["full" if part == 0 else "full_second"].at[slot])
+                if part == 0 or self.tall:
+                    first = (part * _PART[0] if self.tall else 0) + warpgroup * _ROWS
+                    scale = refs["a_scale_smem"][slot, pl.ds(first, _ROWS)]
+                scale_b = scales_b[0 if self.tall else part]
+                scale_part = lax.broadcast_in_dim(scale * scale_b, shape, (0,))
 
-                def multiply(accumulator, half=half):
-                    plgpu.wgmma(accumulator, *self.operands(slot, half, warpgroup, refs))
+                def multiply(accumulator, part=part):
+                    plgpu.wgmma(accumulator, *self.operands(slot, part, warpgroup, refs))
                     return accumulator[...]
 
                 partial = pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
-                if half == 1:
+                if part == 1:
                     plgpu.barrier_arrive(refs["empty"].at[slot])
-                new_totals.append(total + partial * scale_half)
+                new_totals.append(total + partial * scale_part)
             return Ring(_STAGES).next_slot(slot), next_scales_b, tuple(new_totals)
 
         zeros = jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.float32)
@@ -332,37 +367,46 @@ class _Kernel:
         return slot, totals
 
     def store(self, warpgroup, first, low, high, n_tile, totals, out, refs):
-        """Store the rows of [first, first + 64) that lie in [low, high)."""
-        whole = (low <= first) & (first + _ROWS <= high)
-        for half, total in enumerate(totals):
-            for chunk in range(_TILE_COLUMNS // 2 // _STORE_COLUMNS):
+        """Store what lies in the rows [low, high), of each part the 64 from its ``first`` on."""
+        for part, total in enumerate(totals):
+            row, column = (part * _PART[0], 0) if self.tall else (0, part * _PART[1])
+            own = first + row
+            whole = (low <= own) & (own + _ROWS <= high)
+            for chunk in range(_PART[1] // _STORE_COLUMNS):
                 start = chunk * _STORE_COLUMNS
                 values = total[:, start : start + _STORE_COLUMNS].astype(jnp.bfloat16)
-                column = n_tile * _TILE_COLUMNS + half * (_TILE_COLUMNS // 2) + start
-                columns = pl.ds(column, _STORE_COLUMNS)
+                columns = pl.ds(n_tile * self.tile[1] + column + start, _STORE_COLUMNS)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
                 @pl.when(whole)
-                def _(values=values, columns=columns):
+                def _(values=values, columns=columns, own=own):
                     staged = refs["out_smem"].at[warpgroup]
                     staged[...] = values
                     plgpu.commit_smem()
-                    plgpu.copy_smem_to_gmem(staged, out.at[pl.ds(first, _ROWS), columns])
+                    plgpu.copy_smem_to_gmem(staged, out.at[pl.ds(own, _ROWS), columns])
 
                 @pl.when(jnp.logical_not(whole))
-                def _(values=values, columns=columns):
-                    staged = refs["edge_smem"].at[warpgroup]
-                    staged[...] = values
-                    plgpu.commit_smem()
-                    # The size of a copy is fixed, so any number of rows is a sum of powers of two.
-                    start = lax.max(low - first, jnp.int32(0))
-                    rows = lax.max(lax.min(high - first, jnp.int32(_ROWS)) - start, jnp.int32(0))
-                    for bit in (32, 16, 8, 4, 2, 1):
+                def _(values=values, columns=columns, own=own):
+                    self.store_rows(warpgroup, own, low, high, columns, values, out, refs)
 
-                        @pl.when(rows & bit != 0)
-                        def _(bit=bit, start=start):
-                            source = staged.at[pl.ds(start, bit)]
-                            target = out.at[pl.ds(first + start, bit), columns]
-                            plgpu.copy_smem_to_gmem(source, target)
+    def store_rows(self, warpgroup, own, low, high, columns, values, out, refs):
+        """Store those of 64 rows, of which the first is ``own``, that lie in [low, high)."""
+        staged = refs["edge_smem"].at[warpgroup]
+        for piece in range(_STORE_COLUMNS // _EDGE_COLUMNS):
+            first = piece * _EDGE_COLUMNS
+            wanted = pl.ds(columns.start + first, _EDGE_COLUMNS)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            staged[...] = values[:, first : first + _EDGE_COLUMNS]
+            plgpu.commit_smem()
+            # The size of a copy is fixed, so any number of rows is a sum of powers of two.
+            start = lax.clamp(jnp.int32(0), low - own, jnp.int32(_ROWS))
+            end = lax.clamp(jnp.int32(0), high - own, jnp.int32(_ROWS))
+            rows = lax.max(end - start, jnp.int32(0))
+            for bit in (32, 16, 8, 4, 2, 1):
 
-                        start = start + (rows & bit)
+                @pl.when(rows & bit != 0)
+                def _(bit=bit, start=start, wanted=wanted):
+                    source = staged.at[pl.ds(start, bit)]
+                    plgpu.copy_smem_to_gmem(source, out.at[pl.ds(own + start, bit), wanted])
+
+                start = start + (rows & bit)

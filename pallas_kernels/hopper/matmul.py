@@ -30,7 +30,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.hopper import compat
 from pallas_kernels.hopper.ring import Ring
-from pallas_kernels.reference import TILE, Quantized, has_block_scales
+from pallas_kernels.reference import TILE, Quantized, RaggedTiles, has_block_scales
 
 _ROWS = 64  # rows of one wgmma instruction
 _STORE_BYTES = 128  # width of a chunk of the result on its way out: one swizzle
@@ -137,6 +137,41 @@ def fp8_matmul(
     return out[:m, :n]
 
 
+def fp8_grouped_wgrad(
+    a: Quantized,
+    b: Quantized,
+    tiles: RaggedTiles,
+    *,
+    out_dtype=jnp.float32,
+    tiling: Tiling | None = None,
+    interpret: bool = False,
+) -> Float[Array, "G M N"]:
+    """See `pallas_kernels.reference.fp8_grouped_wgrad`: a product per group, over its own tiles.
+
+    Args:
+        a: [M, 128 T] values with 1x128 tile scales, from `quantize_tiles_ragged`.
+        b: [N, 128 T] values, likewise.
+        tiles: Which of the tiles belong to each group; the others are not looked at.
+        out_dtype: bfloat16 or float32.
+        tiling: Instead of the default of `choose_tiling`.
+        interpret: Simulate on the CPU.
+
+    Raises:
+        ValueError: unless M and N are multiples of 128.
+    """
+    (m, k), n = a.values.shape, b.values.shape[0]
+    if b.values.shape[1] != k or a.scale.shape != (k // TILE, m) or b.scale.shape != (k // TILE, n):
+        raise ValueError("the operands must have 1x128 tile scales, and the same tiles")
+    if m % TILE or n % TILE:
+        raise ValueError(f"M and N must be multiples of {TILE}, not {m} and {n}")
+    multiprocessors = compat.multiprocessors()
+    tiling = tiling or choose_tiling(m, n, b_in_tiles=True, multiprocessors=multiprocessors)
+    groups = len(tiles.tiles_G)
+    kernel = _Kernel(m, n, k, True, jnp.dtype(out_dtype), tiling, groups)
+    call = kernel.call(multiprocessors, interpret)
+    return call(tiles.offset_G, tiles.tiles_G, a.values, b.values, a.scale, b.scale)
+
+
 def _round_up(size: int, multiple: int) -> int:
     return pl.cdiv(size, multiple) * multiple
 
@@ -150,7 +185,11 @@ def _pad(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class _Kernel:
-    """One compiled shape: the numbers that the producer and the consumers must agree on."""
+    """One compiled shape: the numbers that the producer and the consumers must agree on.
+
+    With ``groups``, there is a product for each of them, over its own part of K: which tiles of K
+    these are is read from two arrays, the first and the number of each group's.
+    """
 
     m: int
     n: int
@@ -158,6 +197,7 @@ class _Kernel:
     b_in_tiles: bool
     out_dtype: jnp.dtype
     tiling: Tiling
+    groups: int = 0
 
     @property
     def wave_rows(self) -> int:
@@ -187,6 +227,10 @@ class _Kernel:
         return m_tiles, n_tiles
 
     @property
+    def out_shape(self) -> tuple[int, ...]:
+        return (*((self.groups,) if self.groups else ()), self.m, self.n)
+
+    @property
     def store_columns(self) -> int:
         return _STORE_BYTES // self.out_dtype.itemsize
 
@@ -199,8 +243,29 @@ class _Kernel:
         store = self.tiling.warpgroups * self.tiling.store_slots * _ROWS * _STORE_BYTES
         return (_SHARED_BYTES - store) // stage
 
+    @property
+    def grid(self) -> tuple[int]:
+        """Number of tiles, counted in clusters."""
+        m_tiles, n_tiles = self.cluster_grid
+        return (max(self.groups, 1) * m_tiles * n_tiles,)
+
+    def group(self, index):
+        """The group of the ``index``-th tile that this cluster takes, and the index within it."""
+        each = jnp.int32(self.grid[0] // max(self.groups, 1))
+        return lax.div(index, each), lax.rem(index, each)
+
+    def k_range(self, index, groups):
+        """The first tile of K that is summed for the ``index``-th tile, and the number of them."""
+        if not self.groups:
+            return jnp.int32(0), self.k_steps
+        group, _ = self.group(index)
+        first, count = groups
+        return first[group], count[group]
+
     def tile(self, index):
         """(row of tiles, column of tiles) of the ``index``-th tile that this cluster takes."""
+        if self.groups:
+            _, index = self.group(index)
         m_tile, n_tile = plgpu.planar_snake(index, self.cluster_grid, 1, self.tiling.group)
         if self.tiling.shared == "a":
             n_tile = 2 * n_tile + lax.axis_index("cluster")
@@ -241,20 +306,22 @@ class _Kernel:
         names = [name for name, spec in scratch.items() if spec is not None]
         in_cluster = dict(cluster=(2,), cluster_names=("cluster",)) if self.cluster == 2 else {}
 
-        def body(a, b, a_scale, b_scale, out, *refs):
+        def body(*refs):
+            groups, refs = (refs[:2], refs[2:]) if self.groups else (None, refs)
+            (a, b, a_scale, b_scale, out), refs = refs[:5], refs[5:]
             refs = dict.fromkeys(scratch) | dict(zip(names, refs, strict=True))
             warpgroup = lax.axis_index("warpgroup")
             pl.when(warpgroup == self.tiling.warpgroups)(
-                functools.partial(self.produce, a, b, a_scale, b_scale, refs)
+                functools.partial(self.produce, groups, a, b, a_scale, b_scale, refs)
             )
             pl.when(warpgroup < self.tiling.warpgroups)(
-                functools.partial(self.consume, warpgroup, b_scale, out, refs)
+                functools.partial(self.consume, groups, warpgroup, b_scale, out, refs)
             )
 
         return compat.kernel(
             body,
             interpret=interpret,
-            out_type=jax.ShapeDtypeStruct((self.m, self.n), self.out_dtype),
+            out_type=jax.ShapeDtypeStruct(self.out_shape, self.out_dtype),
             grid=(1 if interpret else multiprocessors // self.cluster,),
             grid_names=("sm",),
             num_threads=self.tiling.warpgroups + 1,
@@ -263,23 +330,23 @@ class _Kernel:
             **in_cluster,
         )
 
-    def produce(self, a, b, a_scale, b_scale, refs):
+    def produce(self, groups, a, b, a_scale, b_scale, refs):
         """Keep the ring full; what the consumers still have to read must not be overwritten."""
         plgpu.set_max_registers(_REGISTERS[self.tiling.warpgroups][0], action="decrease")
-        grid = self.cluster_grid
         a_axis = "cluster" if self.tiling.shared == "a" else None
         b_axis = "cluster" if self.tiling.shared == "b" else None
 
         ring, empty = Ring(self.stages), refs["empty"]
 
-        @plgpu.nd_loop((grid[0] * grid[1],), collective_axes="sm", init_carry=ring.start())
+        @plgpu.nd_loop(self.grid, collective_axes="sm", init_carry=ring.start())
         def per_tile(info, carry):
             m_tile, n_tile = self.tile(info.index[0])
+            first_k, k_steps = self.k_range(info.index[0], groups)
             first_row, columns = m_tile * self.tile_rows, pl.ds(n_tile * TILE, TILE)
 
             def step(k, position):
                 ring.acquire(position, empty)
-                slot = position.slot
+                slot, k = position.slot, first_k + k
                 ks = pl.ds(k * TILE, TILE)
                 full = refs["full"].at[slot]
 
@@ -298,22 +365,22 @@ class _Kernel:
                     load(rows(1), refs["a_smem"].at[slot, 1], second, collective_axes=a_axis)
                 return ring.advance(position)
 
-            return lax.fori_loop(0, self.k_steps, step, carry)
+            return lax.fori_loop(0, k_steps, step, carry)
 
         ring.drain(per_tile, empty)
 
-    def consume(self, warpgroup, b_scale, out, refs):
+    def consume(self, groups, warpgroup, b_scale, out, refs):
         """Multiply, promote, and store one tile after the other."""
         plgpu.set_max_registers(_REGISTERS[self.tiling.warpgroups][1], action="increase")
-        grid = self.cluster_grid
         rows = pl.ds(warpgroup * _ROWS, _ROWS)
         tile_shape = (_ROWS, TILE)
         last_block = b_scale.shape[0] - 1
         ring = Ring(self.stages)
 
-        @plgpu.nd_loop((grid[0] * grid[1],), collective_axes="sm", init_carry=jnp.int32(0))
+        @plgpu.nd_loop(self.grid, collective_axes="sm", init_carry=jnp.int32(0))
         def per_tile(info, carry):
             slot, (m_tile, n_tile) = carry, self.tile(info.index[0])
+            _, k_steps = self.k_range(info.index[0], groups)
 
             def block_scale(k):
                 # An odd number of tiles leaves a cluster's second block without one.
@@ -359,8 +426,9 @@ class _Kernel:
 
             zeros = tuple(jnp.zeros(tile_shape, jnp.float32) for _ in range(self.tiling.waves))
             first_scale_b = None if self.b_in_tiles else block_scale(jnp.int32(0))
-            carry = lax.fori_loop(0, self.k_steps, step, (slot, first_scale_b, zeros))
-            self.store(warpgroup, m_tile, n_tile, carry[2], out, refs["out_smem"])
+            carry = lax.fori_loop(0, k_steps, step, (slot, first_scale_b, zeros))
+            target = out.at[self.group(info.index[0])[0]] if self.groups else out
+            self.store(warpgroup, m_tile, n_tile, carry[2], target, refs["out_smem"])
             return carry[0]
 
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)

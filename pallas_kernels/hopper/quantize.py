@@ -47,7 +47,7 @@ def quantize_tiles(
     return Quantized(*kernel(x_MK))
 
 
-def _tile_layout(itemsize: int):
+def tile_layout(itemsize: int):
     """Which thread holds what of a tile's rows: warps first, then rows, then 16 bytes each."""
     columns = 16 // itemsize
     rows_of_warp = columns * 32 // TILE
@@ -67,7 +67,7 @@ def _body(x, values, scale, scale_smem, *, power_of_two):
     tile = lax.axis_index("tile")
     rows = pl.ds(lax.axis_index("rows") * _ROWS, _ROWS)
     columns = pl.ds(tile * TILE, TILE)
-    layout = _tile_layout(x.dtype.itemsize)
+    layout = tile_layout(x.dtype.itemsize)
     block = compat.load(x.at[rows, columns], layout).astype(jnp.float32)
     scale_M = scales_of(jnp.max(jnp.abs(block), axis=1), power_of_two=power_of_two)
     # A warp has the scales of a few rows only: gathered first, they leave as one piece.

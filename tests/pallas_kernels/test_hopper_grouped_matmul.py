@@ -33,27 +33,27 @@ simulated_and_real = pytest.mark.parametrize(
 )
 
 
-row_tiles = jax.jit(hopper.row_tiles, static_argnums=1)
+row_tiles = jax.jit(hopper.row_tiles, static_argnums=(1, 2))
 SIZES_AT_EDGES = st.sampled_from([0, 1, 7, 8, 9, 127, 128, 129, 300, 511])
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(SIZES_AT_EDGES, min_size=9, max_size=9))
-def test_every_row_is_stored_once_and_by_its_group(sizes):
+@given(st.lists(SIZES_AT_EDGES, min_size=9, max_size=9), st.sampled_from([128, 256]))
+def test_every_row_is_stored_once_and_by_its_group(sizes, rows):
     m = 9 * 512  # one shape for all examples, so that one compilation serves them all
-    lists = row_tiles(jnp.asarray(sizes, jnp.int32), m)
+    lists = row_tiles(jnp.asarray(sizes, jnp.int32), m, rows)
     count, group, row, low, high = (np.asarray(x) for x in lists)
     owner = np.full(m, -1)
     for t in range(count[0]):
         assert row[t] % 8 == 0, "or the tensor memory accelerator cannot start there"
-        assert row[t] <= low[t] < high[t] <= row[t] + 128
+        assert row[t] <= low[t] < high[t] <= row[t] + rows
         assert (owner[low[t] : high[t]] == -1).all(), "stored twice"
         owner[low[t] : high[t]] = group[t]
     padding = m - sum(sizes)
     np.testing.assert_array_equal(owner, np.repeat(np.arange(10), [*sizes, padding]))
     # Work is proportional to rows: at most one tile of each group is not full.
     multiplied = sum(group[: count[0]] < 9)
-    assert multiplied <= sum(-(-(size + 7) // 128) for size in sizes if size)
+    assert multiplied <= sum(-(-(size + 7) // rows) for size in sizes if size)
 
 
 def matrices(sizes, k, n, seed=0, padding=0):
@@ -85,10 +85,11 @@ def test_bfloat16(sizes, transpose_w, interpret):
 
 @simulated_and_real
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_fp8(sizes, interpret):
+@pytest.mark.parametrize("tall", [False, True], ids=["wide", "tall"])
+def test_fp8(tall, sizes, interpret):
     x, w, group_sizes = matrices(sizes, 640, 320)
     a, b = quantize.quantize_tiles(x), quantize.quantize_blocks(w.swapaxes(1, 2))
-    got = hopper.fp8_grouped_matmul(a, b, group_sizes, interpret=interpret)
+    got = hopper.fp8_grouped_matmul(a, b, group_sizes, tall=tall, interpret=interpret)
     want = np.asarray(reference.fp8_grouped_matmul(a, b, group_sizes, out_dtype=jnp.float32))
     # Tensor cores sum E4M3 products to about 13 bits: an error relative to the largest sums.
     atol = 1e-2 if interpret else 2.0**-11 * np.abs(want).max()
@@ -105,7 +106,8 @@ def test_rows_past_the_last_group_are_zero(fp8, padding, sizes, interpret):
     assert np.isfinite(want).all()
     if fp8:
         a, b = quantize.quantize_tiles(x), quantize.quantize_blocks(w.swapaxes(1, 2))
-        got = hopper.fp8_grouped_matmul(a, b, group_sizes, interpret=interpret)
+        tall = padding == 3
+        got = hopper.fp8_grouped_matmul(a, b, group_sizes, tall=tall, interpret=interpret)
     else:
         got = hopper.grouped_matmul(x, w, group_sizes, interpret=interpret)
     assert (np.asarray(got, np.float32)[sum(sizes) :] == 0).all()

@@ -1,0 +1,141 @@
+"""Quantization along both axes on Hopper, in one pass over the input; optionally of a SwiGLU.
+
+A block of threads takes 128 rows and 128 columns. Rows are quantized straight from registers, as in
+`pallas_kernels.hopper.quantize`. On the way the block is put into shared memory in BF16, from where
+`ldmatrix` reads it transposed: a thread then holds elements of one column, four threads a column,
+and the quantized transpose leaves through shared memory in whole lines of 128 bytes.
+
+Bound by device memory: a BF16 element moves 2 bytes in and 2 out, or 4 in and 2 out for a SwiGLU.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float
+
+from pallas_kernels.hopper import compat
+from pallas_kernels.hopper.quantize import tile_layout
+from pallas_kernels.reference import E4M3, TILE, Quantized, RaggedTiles, scales_of
+
+_ROWS = 64  # of a tile, in registers at a time
+_COLUMNS = 64  # likewise, of its transpose
+
+
+def quantize_both(
+    x: tuple[Float[Array, "M K"], ...],
+    tiles: RaggedTiles,
+    *,
+    by_row: bool = True,
+    by_column: bool = True,
+    power_of_two: bool = False,
+    interpret: bool = False,
+) -> tuple[Quantized | None, Quantized | None]:
+    """Quantize in 1x128 tiles along the last axis, and transposed along the first, in one pass.
+
+    Args:
+        x: A bfloat16 matrix; or two, ``gate`` and ``up``, whose ``silu(gate) * up`` (in FP32,
+            rounded to bfloat16) is quantized.
+        tiles: Which rows the tiles along the first axis take.
+        by_row: Whether to make the first result; rows of no tile are not written.
+        by_column: Whether to make the second; tiles past the last are not written.
+        power_of_two: Round scales up to powers of two.
+        interpret: Simulate on the CPU.
+
+    Raises:
+        ValueError: unless M is a multiple of 8 and at least 128, and K a multiple of 128.
+    """
+    m, k = x[0].shape
+    if m % 8 or m < TILE or k % TILE:
+        raise ValueError(
+            f"M must be a multiple of 8, and at least {TILE}, and K of {TILE}, not {m} and {k}"
+        )
+    most = tiles.first_T.shape[0]
+    shape = jax.ShapeDtypeStruct
+    rows = (shape((m, k), E4M3), shape((k // TILE, m), jnp.float32))
+    columns = (shape((k, most * TILE), E4M3), shape((most, k), jnp.float32))
+    # Mosaic tiles memory by 8 rows: which matters to the transposed values alone.
+    staging = (plgpu.TilingTransform((8, TILE)), plgpu.SwizzleTransform(TILE))
+    bf16 = (plgpu.TilingTransform((8, TILE // 2)), plgpu.SwizzleTransform(TILE))
+    scratch = dict(
+        rows_scale=plgpu.SMEM((TILE,), jnp.float32),
+        columns_scale=plgpu.SMEM((TILE,), jnp.float32),
+        block=plgpu.SMEM((TILE, TILE), jnp.bfloat16, transforms=bf16),
+        transposed=plgpu.SMEM((TILE, TILE), E4M3, transforms=staging),
+    )
+    kernel = compat.kernel(
+        functools.partial(
+            _body,
+            inputs=len(x),
+            by_row=by_row,
+            by_column=by_column,
+            power_of_two=power_of_two,
+            names=tuple(scratch),
+        ),
+        interpret=interpret,
+        out_type=(rows if by_row else ()) + (columns if by_column else ()),
+        grid=(most, k // TILE),
+        grid_names=("tile", "columns"),
+        scratch_types=list(scratch.values()),
+    )
+    out = list(kernel(tiles.count, tiles.first_T, tiles.low_T, tiles.high_T, *x))
+    return (
+        Quantized(out.pop(0), out.pop(0)) if by_row else None,
+        Quantized(out.pop(0), out.pop(0)) if by_column else None,
+    )
+
+
+def _body(count, first, low, high, *refs, inputs, by_row, by_column, power_of_two, names):
+    tile, k_tile = lax.axis_index("tile"), lax.axis_index("columns")
+
+    @pl.when(tile < count[0])
+    def _():
+        x, rest = refs[:inputs], refs[inputs:]
+        outs, scratch = rest[: -len(names)], dict(zip(names, rest[-len(names) :], strict=True))
+        first_row = first[tile]
+        own = low[tile] - first_row, high[tile] - first_row
+        columns = pl.ds(k_tile * TILE, TILE)
+        whole = pl.ds(first_row, TILE)
+        for part in range(TILE // _ROWS):
+            rows = pl.ds(first_row + part * _ROWS, _ROWS)
+            layout = tile_layout(2)
+            h = compat.load(x[0].at[rows, columns], layout).astype(jnp.float32)
+            if inputs == 2:
+                up = compat.load(x[1].at[rows, columns], layout).astype(jnp.float32)
+                h = h / (1.0 + jnp.exp(-h)) * up
+                h = h.astype(jnp.bfloat16).astype(jnp.float32)
+            if by_column:
+                row = plgpu.broadcasted_iota(jnp.int32, h.shape, 0, layout=layout)
+                row = row + part * _ROWS
+                inside = (row >= own[0]) & (row < own[1])
+                masked = jnp.where(inside, h, 0.0)
+                scratch["block"][pl.ds(part * _ROWS, _ROWS)] = masked.astype(jnp.bfloat16)
+            if by_row:
+                scale = scales_of(jnp.max(jnp.abs(h), axis=1), power_of_two=power_of_two)
+                scratch["rows_scale"][pl.ds(part * _ROWS, _ROWS)] = scale
+                q = h * lax.broadcast_in_dim(1.0 / scale, h.shape, (0,))
+                outs[0][rows, columns] = q.astype(E4M3)
+        if by_row:
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(scratch["rows_scale"], outs[1].at[k_tile, whole])
+        if by_column:
+            values, scales = outs[-2:]
+            plgpu.commit_smem()
+            for part in range(TILE // _COLUMNS):
+                own_columns = pl.ds(part * _COLUMNS, _COLUMNS)
+                block = scratch["block"].at[:, own_columns].T
+                h = plgpu.load(block, layout=plgpu.Layout.WGMMA, optimized=False)
+                h = h.astype(jnp.float32)
+                scale = scales_of(jnp.max(jnp.abs(h), axis=1), power_of_two=power_of_two)
+                scratch["columns_scale"][own_columns] = scale
+                q = h * lax.broadcast_in_dim(1.0 / scale, h.shape, (0,))
+                scratch["transposed"][own_columns] = q.astype(E4M3)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(
+                scratch["transposed"], values.at[columns, pl.ds(tile * TILE, TILE)]
+            )
+            plgpu.copy_smem_to_gmem(scratch["columns_scale"], scales.at[tile, columns])
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
