@@ -24,6 +24,8 @@ from pallas_kernels import quantize, reference
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.hopper import grouped_matmul as hopper
 from pallas_kernels.hopper import grouped_wgrad as wgrad_kernel
+from pallas_kernels.hopper import matmul as fp8
+from pallas_kernels.linear import fp8_grouped_linear
 
 # (groups, rows of all groups together, K, N) of an expert's products: gate and up side by side,
 # and down, in DeepSeek-V3 and in V2-Lite.
@@ -33,7 +35,7 @@ SECONDS_PER_ROW = 90
 LARGEST_ERROR = 3e-3  # rounding to BF16 alone gives 1.7e-3
 
 
-def _sizes(groups: int, rows: int, skew: float) -> list[int]:
+def sizes_of_groups(groups: int, rows: int, skew: float) -> list[int]:
     """Group sizes as routing gives them: log-normal, a few rows of the sum left to the last."""
     weights = np.exp(skew * np.random.default_rng(groups).normal(size=groups))
     sizes = np.floor(weights / weights.sum() * rows).astype(int)
@@ -116,7 +118,7 @@ def _row(label, flops, multiply, inputs, error=None):
 
 def measure(groups: int, rows: int, k: int, n: int, skew: float, ragged_dot: bool):
     """Print the rows of one case."""
-    sizes = _sizes(groups, rows, skew)
+    sizes = sizes_of_groups(groups, rows, skew)
     print(f"\n{groups} groups, {rows} rows ({min(sizes)} to {max(sizes)}), K, N = {k}, {n}")
     group_sizes = jnp.asarray(sizes, jnp.int32)
     flops = 2 * rows * k * n
@@ -137,17 +139,62 @@ def measure(groups: int, rows: int, k: int, n: int, skew: float, ragged_dot: boo
     _row("ours, BF16, wgrad", flops, _wgrad, inputs, of_dw)
     in_fp32 = jax.jit(lambda x, w, s, dy: wgrad_kernel.grouped_wgrad(x, dy, s))
     _row("ours, BF16, wgrad, FP32 result", flops, in_fp32, inputs, of_dw)
-    w_GNK = jnp.swapaxes(w, 1, 2)
-    del dy
+    del inputs, in_bf16, of_dx, of_dw
+    _fp8_rows(x, w, dy, sizes, flops)
 
-    a, b = quantize.quantize_tiles(x), quantize.quantize_blocks(w_GNK)
-    del x, w, w_GNK, inputs, in_bf16, of_dx, of_dw
 
-    def matrix(g):
-        return reference.dequantize(jax.tree.map(lambda array: array[g], b)).T
+def _fp8_rows(x, w, dy, sizes, flops):
+    """The three products in FP8, of operands quantized before; and quantization with them."""
+    group_sizes = jnp.asarray(sizes, jnp.int32)
+    tiles = quantize.ragged_tiles(group_sizes, x.shape[0])
+    both_x, both_dy = (quantize.quantize_tiles_both(z, tiles) for z in (x, dy))
+    w_fp8, w_transposed = quantize.quantize_blocks_both(w)
 
-    in_fp8 = functools.partial(_error, x=reference.dequantize(a), matrices=matrix, sizes=sizes)
-    _row("ours, FP8", flops, jax.jit(hopper.fp8_grouped_matmul), [(a, b, group_sizes)], in_fp8)
+    def matrix(q):
+        return lambda g: reference.dequantize(jax.tree.map(lambda array: array[g], q)).T
+
+    def of(q, matrices):
+        return functools.partial(_error, x=reference.dequantize(q), matrices=matrices, sizes=sizes)
+
+    a, b = both_x.by_row, w_transposed
+    for tall in (False, True):
+        multiply = jax.jit(functools.partial(hopper.fp8_grouped_matmul, tall=tall))
+        label = f"ours, FP8, fprop, {'tall' if tall else 'wide'} tiles"
+        _row(label, flops, multiply, [(a, b, group_sizes)], of(a, matrix(b)))
+    a, b = both_dy.by_row, w_fp8
+    multiply = jax.jit(hopper.fp8_grouped_matmul)
+    _row("ours, FP8, dgrad", flops, multiply, [(a, b, group_sizes)], of(a, matrix(b)))
+
+    a, b = both_x.by_column, both_dy.by_column
+    # Weight gradients are compared with those of the dequantized rows: the same numbers, elsewhere.
+    rows = [_rows_of_tiles(reference.dequantize(q).T, tiles, x.shape[0]) for q in (a, b)]
+    error = functools.partial(
+        _error, x=rows[0], matrices=lambda g: rows[1], sizes=sizes, wgrad=True
+    )
+    for dtype in (jnp.float32, jnp.bfloat16):
+        multiply = jax.jit(functools.partial(fp8.fp8_grouped_wgrad, out_dtype=dtype))
+        _row(f"ours, FP8, wgrad, {dtype.__name__}", flops, multiply, [(a, b, tiles)], error)
+    del rows, error, a, b, both_x, both_dy, w_fp8, w_transposed
+
+    for label, layer in (("BF16", _op), ("FP8, quantization included", fp8_grouped_linear)):
+
+        @jax.jit
+        def all_three(x, w, group_sizes, dy, layer=layer):
+            y, vjp = jax.vjp(lambda x, w: layer(x, w, group_sizes), x, w)
+            return y, *vjp(dy)
+
+        _row(f"all three, {label}", 3 * flops, all_three, [(x, w, group_sizes, dy)])
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _rows_of_tiles(tiled_XK, tiles, m):
+    """Rows out of whole tiles, back to where they came from."""
+    row_TI = tiles.first_T[:, None] + jnp.arange(128)
+    used_T1 = (jnp.arange(len(tiles.first_T)) < tiles.count[0])[:, None]
+    own_TI = used_T1 & (row_TI >= tiles.low_T[:, None]) & (row_TI < tiles.high_T[:, None])
+    target = jnp.where(own_TI, row_TI, m).reshape(-1)
+    out = jnp.zeros((m, tiled_XK.shape[1]), tiled_XK.dtype)
+    return out.at[target].set(tiled_XK, mode="drop")
 
 
 def main():

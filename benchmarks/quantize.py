@@ -2,7 +2,7 @@
 
     PYTHONPATH=. python benchmarks/quantize.py
 
-Bytes are those that must move: the input once, the values and scales once.
+Bytes are those that must move: the inputs once, the values and scales once.
 """
 
 import functools
@@ -10,10 +10,11 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from benchmarks.grouped_gemm import sizes_of_groups
 from benchmarks.timing import deadline, median_seconds
 from pallas_kernels import quantize
 
-SHAPES = [(4096, 7168), (16384, 7168), (32768, 2048)]
+SHAPES = [(16384, 7168), (32768, 2048), (4096, 7168)]
 SECONDS_PER_ROW = 60
 
 
@@ -41,14 +42,25 @@ def main():
         # Enough sets of inputs that none is in the cache when its turn comes.
         inputs = [(jax.random.normal(jax.random.key(i), shape, jnp.bfloat16),) for i in range(4)]
         copy_rate = _row("copy", jax.jit(jnp.copy), inputs)
-        for label, axis, impl in (
-            ("rows, Hopper kernel", 1, "hopper"),
-            ("rows, XLA", 1, "reference"),
-            ("columns (transposed), XLA", 0, "reference"),
-        ):
-            f = functools.partial(quantize.quantize_tiles, axis=axis, impl=impl)
-            _row(label, f, inputs, copy_rate)
-        _row("128x128 blocks, XLA", quantize.quantize_blocks, inputs, copy_rate)
+        pairs = [(inputs[i][0], inputs[i - 1][0]) for i in range(4)]
+        # In groups the rows are copied to whole tiles, which is a little more to write.
+        tiles = quantize.ragged_tiles(
+            jnp.asarray(sizes_of_groups(32, shape[0], 0.5), jnp.int32), shape[0]
+        )
+        grouped = [(*x, tiles) for x in inputs]
+        for impl, name in (("hopper", "kernel"), ("reference", "XLA")):
+            of_impl = functools.partial(functools.partial, impl=impl)
+            rows = of_impl(quantize.quantize_tiles)
+            _row(f"rows, {name}", rows, inputs, copy_rate)
+            columns = of_impl(quantize.quantize_tiles, axis=0)
+            _row(f"columns (transposed), {name}", columns, inputs, copy_rate)
+            both = of_impl(quantize.quantize_tiles_both)
+            _row(f"rows and columns, {name}", both, inputs, copy_rate)
+            _row(f"rows and columns, 32 groups, {name}", both, grouped, copy_rate)
+            swiglu = of_impl(quantize.swiglu_quantize_tiles)
+            _row(f"SwiGLU, rows and columns, {name}", swiglu, pairs, copy_rate)
+            blocks = of_impl(quantize.quantize_blocks_both)
+            _row(f"128x128 blocks, both ways, {name}", blocks, inputs, copy_rate)
 
 
 if __name__ == "__main__":

@@ -18,9 +18,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import backend
+from pallas_kernels import backend, reference
+from pallas_kernels.reference import TILE, Quantized, RaggedTiles
 
 Impl = Literal["auto", "hopper", "tpu", "blocked"]
+Fp8Impl = Literal["auto", "hopper", "reference"]
 
 # Rows per dense product. A group wastes half a block on average, so small blocks for few rows;
 # large enough that the product, not the loop around it, takes the time.
@@ -43,11 +45,11 @@ def grouped_matmul(
         x_MK: rows in group order; the first ``group_sizes[0]`` belong to group 0, and so on.
         w_GKN: one matrix per group.
         group_sizes_G: rows of each group, 0 allowed. The sum may be less than M, never more.
-        impl: ``hopper`` needs bfloat16 operands, and K and N that are multiples of 64;
-            ``blocked`` loops over row blocks of one group each; in both, work is proportional to
-            the rows of the groups, padding not counted; so it is in ``tpu``, which copies ``x``
-            unless M is a multiple of 512, and wants ``check_vma=False`` in `shard_map`. ``auto`` takes tpu on TPU, hopper where it can run,
-            blocked elsewhere, and logs what it took.
+        impl: ``hopper`` needs bfloat16 operands, and K and N that are multiples of 64.
+            ``tpu`` copies ``x`` unless M is a multiple of 512, and in `shard_map` it wants
+            ``check_vma=False``. ``blocked`` loops over row blocks of one group each. In all, work
+            is proportional to the rows of the groups, padding not counted. ``auto`` takes tpu on
+            TPU, hopper where it can run, blocked elsewhere, and logs what it took.
 
     Returns:
         ``[M, N]`` in the dtype of ``x``; sums are float32.
@@ -72,6 +74,72 @@ def grouped_matmul(
         return jnp.zeros((0, w_GKN.shape[2]), x_MK.dtype)
     rows = min(_BLOCK_ROWS.get(backend.platform(), _BLOCK_ROWS_ELSEWHERE), x_MK.shape[0])
     return _blocked(x_MK, w_GKN, group_sizes_G, rows)
+
+
+def fp8_grouped_matmul(
+    a: Quantized,
+    b: Quantized,
+    group_sizes_G: Int[Array, "G"],
+    *,
+    out_dtype=jnp.bfloat16,
+    impl: Fp8Impl = "auto",
+) -> Float[Array, "M N"]:
+    """The grouped form of `fp8_matmul`: each row times the transpose of its group's matrix.
+
+    Args:
+        a: [M, K] values with 1x128 tile scales, rows in group order. Rows past the last group come
+            out as zeros.
+        b: [G, N, K] values with 128x128 block scales.
+        group_sizes_G: rows of each group, 0 allowed; the sum may be less than M.
+        out_dtype: bfloat16 or float32 (which ``hopper`` lacks); sums are FP32.
+        impl: ``hopper`` needs K and N that are multiples of 128. ``reference`` does G times the
+            work. ``auto`` takes hopper where it can run, and logs what it took.
+    """
+    _, N, K = b.values.shape
+    fits = K % TILE == N % TILE == 0 and out_dtype == jnp.bfloat16 and 0 not in a.values.shape
+    if _pick_fp8("fp8_grouped_matmul", fits, impl) == "reference":
+        return reference.fp8_grouped_matmul(a, b, group_sizes_G, out_dtype=out_dtype)
+    from pallas_kernels.hopper import grouped_matmul as kernel
+
+    return kernel.fp8_grouped_matmul(a, b, group_sizes_G)
+
+
+def fp8_grouped_wgrad(
+    a: Quantized,
+    b: Quantized,
+    tiles: RaggedTiles,
+    *,
+    out_dtype=jnp.float32,
+    impl: Fp8Impl = "auto",
+) -> Float[Array, "G M N"]:
+    """For every group, ``a @ b.T`` over its own tiles: the weight gradients in FP8.
+
+    Args:
+        a: [M, 128 T] values with tile scales: the quantized transpose of the rows of all groups,
+            from `quantize_tiles_both` with the same ``tiles``.
+        b: [N, 128 T] values, likewise.
+        tiles: From `ragged_tiles`.
+        out_dtype: float32 or bfloat16; sums are FP32, promoted every tile.
+        impl: as in `fp8_grouped_matmul`; ``hopper`` needs M and N that are multiples of 128.
+    """
+    fits = a.values.shape[0] % TILE == b.values.shape[0] % TILE == 0
+    fits = fits and 0 not in (*a.values.shape, *b.values.shape)
+    if _pick_fp8("fp8_grouped_wgrad", fits, impl) == "reference":
+        return reference.fp8_grouped_wgrad(a, b, tiles, out_dtype=out_dtype)
+    from pallas_kernels.hopper import matmul as kernel
+
+    return kernel.fp8_grouped_wgrad(a, b, tiles, out_dtype=out_dtype)
+
+
+def _pick_fp8(operation: str, fits: bool, impl: Fp8Impl) -> Fp8Impl:
+    if impl == "auto":
+        impl = "hopper" if fits and backend.on_hopper() else "reference"
+        backend.say_once(operation, impl)
+    if impl == "hopper" and not fits:
+        raise ValueError(f"{operation}: impl='hopper' needs sides that are multiples of {TILE}")
+    if impl not in ("hopper", "reference"):
+        raise ValueError(f"unknown implementation {impl!r}")
+    return impl
 
 
 def _pick(x_MK: jax.Array, w_GKN: jax.Array) -> Impl:

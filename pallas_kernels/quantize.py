@@ -9,19 +9,24 @@ import functools
 from typing import Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels import backend, reference
-from pallas_kernels.reference import Quantized
+from pallas_kernels.reference import TILE, Quantized, RaggedTiles, ragged_tiles
 
 Impl = Literal["auto", "hopper", "reference"]
 
 __all__ = [
     "BothWays",
     "Quantized",
+    "RaggedTiles",
     "quantize_blocks",
+    "quantize_blocks_both",
     "quantize_tiles",
     "quantize_tiles_both",
+    "ragged_tiles",
+    "swiglu_quantize_tiles",
     "transpose_blocks",
 ]
 
@@ -49,32 +54,108 @@ def quantize_tiles(
         axis: The contracted axis. It comes last in ``values``: with ``axis=0`` they are transposed.
         power_of_two: Round scales up to powers of two (UE8M0 can hold them), which makes
             requantizing along the other axis exact in the scale.
-        impl: ``hopper`` is one pass over the input, along the last axis, for whole tiles and rows
-            by the 64; ``auto`` takes it where it can run.
+        impl: ``hopper`` is one pass over the input. Along the last axis it wants whole tiles and
+            rows by the 64; along the first, bfloat16 and whole tiles on both axes. ``auto`` takes
+            it where it can run.
 
     Returns:
         ``values`` in E4M3, and ``scale`` with one row per 128 of the contracted axis.
     """
+    transposed = axis % 2 == 0
     if impl == "auto":
-        fits = axis % 2 == 1 and x.shape[0] % 64 == 0 and x.shape[1] % reference.TILE == 0
-        fits = fits and x.dtype.itemsize <= 4
+        if transposed:
+            fits = _fits(x, None)
+        else:
+            fits = x.shape[0] % 64 == 0 and x.shape[1] % TILE == 0 and x.dtype.itemsize <= 4
         impl = "hopper" if fits and backend.on_hopper() else "reference"
     if impl == "reference":
         return reference.quantize_tiles(x, axis=axis, power_of_two=power_of_two)
-    if impl != "hopper" or axis % 2 == 0:
-        raise ValueError(f"no implementation {impl!r} along axis {axis}")
+    if impl != "hopper":
+        raise ValueError(f"unknown implementation {impl!r}")
+    if transposed:
+        return _hopper((x,), None, by_row=False, power_of_two=power_of_two)[0]
     from pallas_kernels.hopper import quantize as hopper_quantize
 
     return hopper_quantize.quantize_tiles(x, power_of_two=power_of_two)
 
 
-@functools.partial(jax.jit, static_argnames="power_of_two")
-def quantize_tiles_both(x_MN: Float[Array, "M N"], *, power_of_two: bool = False) -> BothWays:
-    """`quantize_tiles` along both axes, as the backward pass needs output gradients."""
-    return BothWays(
-        quantize_tiles(x_MN, axis=1, power_of_two=power_of_two),
-        quantize_tiles(x_MN, axis=0, power_of_two=power_of_two),
-    )
+@functools.partial(jax.jit, static_argnames=("power_of_two", "impl"))
+def quantize_tiles_both(
+    x_MN: Float[Array, "M N"],
+    tiles: RaggedTiles | None = None,
+    *,
+    power_of_two: bool = False,
+    impl: Impl = "auto",
+) -> BothWays:
+    """`quantize_tiles` along both axes, as the backward pass needs output gradients.
+
+    Args:
+        x_MN: The matrix.
+        tiles: If the rows lie in groups, their tiles along the first axis, from `ragged_tiles`; the
+            second result is then that of `reference.quantize_tiles_ragged`, and rows of no group
+            hold anything at all in the first.
+        power_of_two: Round scales up to powers of two.
+        impl: ``hopper`` reads a bfloat16 matrix once; it wants columns by the 128 and rows by the
+            128, or, in groups, by the 8 and at least 128. ``auto`` takes it where it can run.
+    """
+    if _pick((x_MN,), tiles, impl) == "hopper":
+        return BothWays(*_hopper((x_MN,), tiles, power_of_two=power_of_two))
+    return _reference_both(x_MN, tiles, power_of_two)
+
+
+@functools.partial(jax.jit, static_argnames=("power_of_two", "impl"))
+def swiglu_quantize_tiles(
+    gate_MN: Float[Array, "M N"],
+    up_MN: Float[Array, "M N"],
+    tiles: RaggedTiles | None = None,
+    *,
+    power_of_two: bool = False,
+    impl: Impl = "auto",
+) -> BothWays:
+    """`quantize_tiles_both` of ``silu(gate) * up``, which itself never reaches memory.
+
+    The product is computed in FP32 and rounded to the dtype of ``gate`` before it is quantized, so
+    this equals quantizing the result of the separate operation.
+    """
+    if _pick((gate_MN, up_MN), tiles, impl) == "hopper":
+        return BothWays(*_hopper((gate_MN, up_MN), tiles, power_of_two=power_of_two))
+    return _reference_both(reference.swiglu(gate_MN, up_MN), tiles, power_of_two)
+
+
+def _reference_both(x_MN, tiles: RaggedTiles | None, power_of_two: bool) -> BothWays:
+    by_row = reference.quantize_tiles(x_MN, power_of_two=power_of_two)
+    if tiles is None:
+        return BothWays(by_row, reference.quantize_tiles(x_MN, axis=0, power_of_two=power_of_two))
+    by_column = reference.quantize_tiles_ragged(x_MN, tiles, power_of_two=power_of_two)
+    return BothWays(by_row, by_column)
+
+
+def _fits(x: jax.Array, tiles: RaggedTiles | None) -> bool:
+    """Whether the kernel for both axes takes a matrix."""
+    rows, columns = x.shape
+    whole = rows % TILE == 0 if tiles is None else rows % 8 == 0
+    return x.dtype == jnp.bfloat16 and whole and rows >= TILE and columns % TILE == 0 < columns
+
+
+def _pick(inputs: tuple[jax.Array, ...], tiles: RaggedTiles | None, impl: Impl) -> Impl:
+    if impl == "auto":
+        fits = all(_fits(x, tiles) for x in inputs)
+        return "hopper" if fits and backend.on_hopper() else "reference"
+    if impl not in ("hopper", "reference"):
+        raise ValueError(f"unknown implementation {impl!r}")
+    return impl
+
+
+def _hopper(inputs, tiles: RaggedTiles | None, **options) -> tuple[Quantized, ...]:
+    from pallas_kernels.hopper import quantize_both
+
+    for x in inputs:
+        if not _fits(x, tiles):
+            raise ValueError(f"no kernel to quantize {x.dtype}{x.shape} along its first axis")
+    if tiles is None:
+        rows = inputs[0].shape[0]
+        tiles = ragged_tiles(jnp.full((1,), rows, jnp.int32), rows)
+    return quantize_both.quantize_both(inputs, tiles, **options)
 
 
 @functools.partial(jax.jit, static_argnames="power_of_two")
@@ -85,6 +166,34 @@ def quantize_blocks(w: Float[Array, "*G R K"], *, power_of_two: bool = False) ->
     weight is quantized once for the forward pass and the input gradient.
     """
     return reference.quantize_blocks(w, power_of_two=power_of_two)
+
+
+@functools.partial(jax.jit, static_argnames=("power_of_two", "impl"))
+def quantize_blocks_both(
+    w: Float[Array, "*G R K"], *, power_of_two: bool = False, impl: Impl = "auto"
+) -> tuple[Quantized, Quantized]:
+    """`quantize_blocks` and `transpose_blocks` of the result.
+
+    Args:
+        w: A matrix, or one per group.
+        power_of_two: Round scales up to powers of two.
+        impl: ``hopper`` reads bfloat16 matrices once, whose sides are multiples of 128; ``auto``
+            takes it where it can run.
+    """
+    *lead, rows, columns = w.shape
+    fits = w.dtype == jnp.bfloat16 and rows % TILE == columns % TILE == 0 and 0 not in w.shape
+    if impl == "auto":
+        impl = "hopper" if fits and backend.on_hopper() else "reference"
+    if impl == "reference":
+        q = reference.quantize_blocks(w, power_of_two=power_of_two)
+        return q, transpose_blocks(q)
+    if impl != "hopper" or not fits:
+        raise ValueError(f"no implementation {impl!r} for {w.dtype}{w.shape}")
+    from pallas_kernels.hopper import quantize_both
+
+    w = w.reshape(-1, rows, columns)
+    both = quantize_both.quantize_blocks_both(w, power_of_two=power_of_two)
+    return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), both)
 
 
 def transpose_blocks(w: Quantized) -> Quantized:

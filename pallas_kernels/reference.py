@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels import backend
+
 TILE = 128
 """Elements that share one scale along a contracted axis (V3 section 3.3.2)."""
 
@@ -208,7 +210,8 @@ def fp8_matmul(a: Quantized, b: Quantized, *, out_dtype=jnp.bfloat16) -> Float[A
         return total_MN + partial_MN * (scale_M[:, None] * scale_N[None, :]), None
 
     blocks = (by_tile(a), _tile_scales(a), by_tile(b), _tile_scales(b))
-    total_MN, _ = jax.lax.scan(promote, jnp.zeros((m, n), jnp.float32), blocks)
+    zeros_MN, *_ = backend.varying_alike(jnp.zeros((m, n), jnp.float32), *blocks)
+    total_MN, _ = jax.lax.scan(promote, zeros_MN, blocks)
     return total_MN.astype(out_dtype)
 
 

@@ -33,7 +33,7 @@ def quantize_both(
     by_column: bool = True,
     power_of_two: bool = False,
     interpret: bool = False,
-) -> tuple[Quantized | None, Quantized | None]:
+) -> tuple[Quantized, ...]:
     """Quantize in 1x128 tiles along the last axis, and transposed along the first, in one pass.
 
     Args:
@@ -44,6 +44,9 @@ def quantize_both(
         by_column: Whether to make the second; tiles past the last are not written.
         power_of_two: Round scales up to powers of two.
         interpret: Simulate on the CPU.
+
+    Returns:
+        Those of the two that are asked for.
 
     Raises:
         ValueError: unless M is a multiple of 8 and at least 128, and K a multiple of 128.
@@ -81,11 +84,8 @@ def quantize_both(
         grid_names=("tile", "columns"),
         scratch_types=list(scratch.values()),
     )
-    out = list(kernel(tiles.count, tiles.first_T, tiles.low_T, tiles.high_T, *x))
-    return (
-        Quantized(out.pop(0), out.pop(0)) if by_row else None,
-        Quantized(out.pop(0), out.pop(0)) if by_column else None,
-    )
+    out = kernel(tiles.count, tiles.first_T, tiles.low_T, tiles.high_T, *x)
+    return tuple(Quantized(*out[i : i + 2]) for i in range(0, len(out), 2))
 
 
 def _body(count, first, low, high, *refs, inputs, by_row, by_column, power_of_two, names):
@@ -127,7 +127,7 @@ def _body(count, first, low, high, *refs, inputs, by_row, by_column, power_of_tw
             for part in range(TILE // _COLUMNS):
                 own_columns = pl.ds(part * _COLUMNS, _COLUMNS)
                 block = scratch["block"].at[:, own_columns].T
-                h = plgpu.load(block, layout=plgpu.Layout.WGMMA, optimized=False)
+                h = compat.load(block, plgpu.Layout.WGMMA)
                 h = h.astype(jnp.float32)
                 scale = scales_of(jnp.max(jnp.abs(h), axis=1), power_of_two=power_of_two)
                 scratch["columns_scale"][own_columns] = scale
@@ -139,3 +139,71 @@ def _body(count, first, low, high, *refs, inputs, by_row, by_column, power_of_tw
             )
             plgpu.copy_smem_to_gmem(scratch["columns_scale"], scales.at[tile, columns])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def quantize_blocks_both(
+    w: Float[Array, "G R K"], *, power_of_two: bool = False, interpret: bool = False
+) -> tuple[Quantized, Quantized]:
+    """Quantize a matrix per group in 128x128 blocks, as it is and transposed, in one pass.
+
+    Args:
+        w: Bfloat16 matrices.
+        power_of_two: Round scales up to powers of two.
+        interpret: Simulate on the CPU.
+
+    Raises:
+        ValueError: unless R and K are multiples of 128.
+    """
+    groups, r, k = w.shape
+    if r % TILE or k % TILE:
+        raise ValueError(f"R and K must be multiples of {TILE}, not {r} and {k}")
+    shape = jax.ShapeDtypeStruct
+    staging = (plgpu.TilingTransform((8, TILE)), plgpu.SwizzleTransform(TILE))
+    bf16 = (plgpu.TilingTransform((8, TILE // 2)), plgpu.SwizzleTransform(TILE))
+    kernel = compat.kernel(
+        functools.partial(_blocks_body, power_of_two=power_of_two),
+        interpret=interpret,
+        out_type=(
+            shape((groups, r, k), E4M3),
+            shape((groups, k, r), E4M3),
+            shape((groups, r // TILE, k // TILE), jnp.float32),
+        ),
+        grid=(groups, r // TILE, k // TILE),
+        grid_names=("group", "rows", "columns"),
+        scratch_types=[
+            plgpu.SMEM((TILE, TILE), jnp.bfloat16, transforms=bf16),
+            plgpu.SMEM((TILE, TILE), E4M3, transforms=staging),
+            plgpu.SMEM((TILE,), jnp.float32),
+        ],
+    )
+    values, transposed, scale = kernel(w)
+    return Quantized(values, scale), Quantized(transposed, scale.swapaxes(1, 2))
+
+
+def _blocks_body(w, values, transposed, scales, block, staged, maxima, *, power_of_two):
+    group = lax.axis_index("group")
+    r_tile, k_tile = lax.axis_index("rows"), lax.axis_index("columns")
+    columns = pl.ds(k_tile * TILE, TILE)
+    layout = tile_layout(2)
+    halves = []
+    for part in range(TILE // _ROWS):
+        rows = pl.ds(r_tile * TILE + part * _ROWS, _ROWS)
+        h = compat.load(w.at[group, rows, columns], layout)
+        block[pl.ds(part * _ROWS, _ROWS)] = h
+        maxima[pl.ds(part * _ROWS, _ROWS)] = jnp.max(jnp.abs(h.astype(jnp.float32)), axis=1)
+        halves.append(h)
+    plgpu.commit_smem()
+    scale = scales_of(jnp.max(maxima[...]), power_of_two=power_of_two)
+    inverse = 1.0 / scale
+    scales[group, r_tile, k_tile] = scale
+    for part, h in enumerate(halves):
+        rows = pl.ds(r_tile * TILE + part * _ROWS, _ROWS)
+        values[group, rows, columns] = (h.astype(jnp.float32) * inverse).astype(E4M3)
+    for part in range(TILE // _COLUMNS):
+        own_columns = pl.ds(part * _COLUMNS, _COLUMNS)
+        h = compat.load(block.at[:, own_columns].T, plgpu.Layout.WGMMA)
+        staged[own_columns] = (h.astype(jnp.float32) * inverse).astype(E4M3)
+    plgpu.commit_smem()
+    rows = pl.ds(r_tile * TILE, TILE)
+    plgpu.copy_smem_to_gmem(staged, transposed.at[group, columns, rows])
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -9,6 +11,8 @@ from hypothesis.extra import numpy as hnp
 
 from pallas_kernels import quantize, reference
 from pallas_kernels.hopper import quantize as hopper
+from pallas_kernels.hopper import quantize_both as hopper_both
+from pallas_kernels.reference import Quantized
 
 E4M3_STEP = 2.0**-4  # half of the spacing of E4M3 relative to a normal number
 SMALLEST_NORMAL = 2.0**-126
@@ -138,8 +142,10 @@ def test_hopper_lowers_without_a_device(power_of_two, dtype):
 
 
 def test_explicit_impl_never_falls_back():
-    with pytest.raises(ValueError, match="along axis 0"):
+    with pytest.raises(ValueError, match="no kernel to quantize float32"):
         quantize.quantize_tiles(random_matrix(128, 128), axis=0, impl="hopper")
+    with pytest.raises(ValueError, match="no implementation 'hopper' for float32"):
+        quantize.quantize_blocks_both(random_matrix(128, 128), impl="hopper")
     with pytest.raises(ValueError, match="multiple of 64"):
         quantize.quantize_tiles(random_matrix(100, 128), impl="hopper")
 
@@ -176,3 +182,161 @@ def test_bfloat16_input_is_not_rounded_again():
         quantize.quantize_tiles(x),
         quantize.quantize_tiles(x.astype(jnp.float32)),
     )
+
+
+# --- both axes, groups of rows, SwiGLU -----------------------------------------------------------
+
+SIZES = [[128, 128, 0], [100, 0, 28, 70], [0, 3, 250, 0, 1, 0], [0, 0, 0]]
+
+simulated_and_real = pytest.mark.parametrize(
+    "interpret",
+    [
+        pytest.param(True, id="simulated", marks=needs_simulation),
+        pytest.param(False, id="device", marks=pytest.mark.gpu),
+    ],
+)
+
+
+def tiles_of(sizes, m):
+    return quantize.ragged_tiles(jnp.asarray(sizes, jnp.int32), m)
+
+
+def rows_of_tiles(tiles, m):
+    """Of every tile that is used, the rows that are its own and where they stand in it."""
+    for t in range(int(tiles.count[0])):
+        low, high, first = (int(x[t]) for x in (tiles.low_T, tiles.high_T, tiles.first_T))
+        assert 0 <= first <= low < high <= min(first + 128, m)
+        yield t, slice(low, high), slice(low - first, high - first)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.sampled_from([0, 1, 7, 127, 128, 129, 300]), min_size=5, max_size=5))
+def test_tiles_take_every_row_once_and_never_two_groups(sizes):
+    m = 5 * 300
+    tiles = tiles_of(sizes, m)
+    owner = np.full(m, -1)
+    group_T = np.repeat(np.arange(5), np.asarray(tiles.tiles_G))
+    assert len(group_T) == tiles.count[0] == sum(-(-size // 128) for size in sizes)
+    np.testing.assert_array_equal(tiles.offset_G, np.cumsum(tiles.tiles_G) - tiles.tiles_G)
+    for t, rows, _ in rows_of_tiles(tiles, m):
+        assert (owner[rows] == -1).all()
+        owner[rows] = group_T[t]
+    np.testing.assert_array_equal(owner, np.repeat([*range(5), -1], [*sizes, m - sum(sizes)]))
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_ragged_tiles_are_each_quantized_by_themselves(sizes):
+    m = 264
+    x = random_matrix(m, 130).at[sum(sizes) :].set(jnp.nan)
+    tiles = tiles_of(sizes, m)
+    q = reference.quantize_tiles_ragged(x, tiles)
+    assert q.values.shape == (130, 128 * len(tiles.first_T))
+    for t, rows, within in rows_of_tiles(tiles, m):
+        block = np.zeros((128, 130), np.float32)
+        block[within] = x[rows]
+        want = quantize.quantize_tiles(jnp.asarray(block), axis=0)
+        np.testing.assert_array_equal(q.values[:, 128 * t : 128 * t + 128], want.values)
+        np.testing.assert_array_equal(q.scale[t], want.scale[0])
+
+
+def assert_nearly_equal(got, want, *, exact):
+    """A GPU multiplies by a rounded reciprocal, which may tip a tie in rounding to E4M3."""
+    np.testing.assert_allclose(got.scale, want.scale, rtol=0 if exact else 2.0**-21)
+    got, want = (np.asarray(q.values, np.float32) for q in (got, want))
+    np.testing.assert_allclose(got, want, rtol=2.0**-3, atol=2.0**-9)
+    assert np.mean((got != want) & ~np.isnan(want)) < 2e-3
+
+
+def special(x):
+    """With an infinity, a NaN, zeros, and the smallest and largest of BF16."""
+    x = x.at[3, 5].set(jnp.inf).at[9, 200].set(jnp.nan).at[70].set(0)
+    return x.at[80].set(1e-40).at[81, :7].set(3e38).astype(jnp.bfloat16)
+
+
+@simulated_and_real
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_both_axes_in_one_pass(power_of_two, interpret):
+    x = special(random_matrix(256, 384))
+    tiles = tiles_of([256], 256)
+    got = hopper_both.quantize_both((x,), tiles, power_of_two=power_of_two, interpret=interpret)
+    want = quantize.quantize_tiles_both(x, power_of_two=power_of_two, impl="reference")
+    for a, b in zip(got, want, strict=True):
+        assert_nearly_equal(a, b, exact=interpret)
+
+
+@simulated_and_real
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("inputs", [1, 2], ids=["plain", "swiglu"])
+def test_both_axes_in_groups(inputs, sizes, interpret):
+    m = 264
+    x = tuple(
+        random_matrix(m, 256, seed).at[sum(sizes) :].set(jnp.nan).astype(jnp.bfloat16)
+        for seed in range(inputs)
+    )
+    tiles = tiles_of(sizes, m)
+    by_row, by_column = hopper_both.quantize_both(x, tiles, interpret=interpret)
+    if inputs == 2:
+        want = quantize.swiglu_quantize_tiles(*x, tiles, impl="reference")
+    else:
+        want = quantize.quantize_tiles_both(*x, tiles, impl="reference")
+    rows, used = sum(sizes), 128 * int(tiles.count[0])
+    # exp differs by its last bits, which may round to another BF16 number.
+    compare = assert_dequantized_near
+    if inputs == 1:
+        compare = functools.partial(assert_nearly_equal, exact=interpret)
+
+    def of_rows(q):
+        return Quantized(q.values[:rows], q.scale[:, :rows])
+
+    def of_tiles(q):
+        return Quantized(q.values[:, :used], q.scale[: used // 128])
+
+    if rows:
+        compare(of_rows(by_row), of_rows(want.by_row))
+        compare(of_tiles(by_column), of_tiles(want.by_column))
+
+
+def assert_dequantized_near(got, want):
+    """To a step of E4M3 and of the scale: a last bit of BF16 may move both."""
+    scale = np.repeat(np.asarray(want.scale).T, 128, axis=1)[:, : want.values.shape[1]]
+    got, want = (np.asarray(reference.dequantize(q)) for q in (got, want))
+    assert (np.abs(got - want) <= np.maximum(np.abs(want) * 0.14, scale * 2.0**-8)).all()
+    assert np.mean(np.abs(got - want) > np.abs(want) * 0.01) < 1e-2
+
+
+@simulated_and_real
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_blocks_both_ways_in_one_pass(power_of_two, interpret):
+    w = jnp.stack([special(random_matrix(256, 384, seed)) for seed in range(2)])
+    got = hopper_both.quantize_blocks_both(w, power_of_two=power_of_two, interpret=interpret)
+    want = quantize.quantize_blocks_both(w, power_of_two=power_of_two, impl="reference")
+    for a, b in zip(got, want, strict=True):
+        assert_nearly_equal(a, b, exact=interpret)
+
+
+def test_swiglu_is_that_of_jax():
+    gate, up = random_matrix(130, 140), random_matrix(130, 140, 1)
+    got = quantize.swiglu_quantize_tiles(gate, up)
+    want = quantize.quantize_tiles_both(jax.nn.silu(gate) * up)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a.scale, b.scale, rtol=1e-5)
+    overflow = quantize.swiglu_quantize_tiles(jnp.full((1, 1), -1e4), jnp.ones((1, 1)))
+    assert overflow.by_row.values[0, 0] == 0, "exp overflows, silu does not"
+
+
+@pytest.mark.parametrize("which", ["plain", "swiglu", "blocks", "columns"])
+def test_both_lower_without_a_device(which):
+    x = jax.ShapeDtypeStruct((1000, 2048), jnp.bfloat16)
+    sizes = jax.ShapeDtypeStruct((8,), jnp.int32)
+    if which == "blocks":
+        w = jax.ShapeDtypeStruct((8, 7168, 2048), jnp.bfloat16)
+        traced = jax.jit(hopper_both.quantize_blocks_both).trace(w)
+    else:
+        inputs = (x, x) if which == "swiglu" else (x,)
+
+        def run(sizes, *inputs):
+            tiles = quantize.ragged_tiles(sizes, 1000)
+            return hopper_both.quantize_both(inputs, tiles, by_row=which != "columns")
+
+        traced = jax.jit(run).trace(sizes, *inputs)
+    assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()

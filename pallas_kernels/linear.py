@@ -1,0 +1,136 @@
+"""Linear layers in FP8 as DeepSeek-V3 trains them (section 3.3, figure 6), differentiable.
+
+All three products of a layer are block-scaled FP8 products, promoted to FP32 every 128 of the
+contracted axis:
+
+=========  ============================  ============================  ====================
+product    left, 1x128 tiles             right                         result
+=========  ============================  ============================  ====================
+forward    x, along K                    w, 128x128 blocks             dtype of x (BF16)
+dgrad      dy, along N                   w, the same blocks            dtype of x (BF16)
+wgrad      x transposed, along M         dy transposed, 1x128 along M  dtype of w (FP32)
+=========  ============================  ============================  ====================
+
+What is kept for the backward pass is in FP8: x, quantized along M in the same pass over it as along
+K (the paper keeps the tiles along K and requantizes those; quantizing twice from BF16 rounds once),
+and the quantized weight. They carry the names ``fp8_input`` and ``fp8_weight`` for
+`jax.checkpoint`'s policies. Weights in FP32 are quantized from FP32 and get an FP32 gradient.
+
+What stays in higher precision is the caller's choice: in V3 the embedding, the output head, the
+router, norms and the core of attention (section 3.3.1).
+"""
+
+import functools
+from typing import Literal
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import backend
+from pallas_kernels.grouped_matmul import fp8_grouped_matmul, fp8_grouped_wgrad
+from pallas_kernels.matmul import fp8_matmul
+from pallas_kernels.quantize import quantize_blocks_both, quantize_tiles_both, ragged_tiles
+
+Impl = Literal["auto", "hopper", "tpu", "reference"]
+GroupedImpl = Literal["auto", "hopper", "reference"]
+
+
+def fp8_linear(
+    x_MK: Float[Array, "M K"], w_KN: Float[Array, "K N"], *, impl: Impl = "auto"
+) -> Float[Array, "M N"]:
+    """``x @ w`` with the forward product and both gradients in FP8.
+
+    Args:
+        x_MK: activations.
+        w_KN: the weight, usually the FP32 master copy.
+        impl: of the products, as in `fp8_matmul`; ``reference`` also for quantization, which
+            otherwise takes its kernel where one fits.
+
+    Returns:
+        ``[M, N]`` in the dtype of ``x``.
+    """
+    return _linear(*backend.varying_alike(x_MK, w_KN), impl)
+
+
+def fp8_grouped_linear(
+    x_MK: Float[Array, "M K"],
+    w_GKN: Float[Array, "G K N"],
+    group_sizes_G: Int[Array, "G"],
+    *,
+    impl: GroupedImpl = "auto",
+) -> Float[Array, "M N"]:
+    """`grouped_matmul` with the forward product and both gradients in FP8.
+
+    Args:
+        x_MK: rows in group order; those past the last group are padding, of zero result and
+            gradient, which affects nothing.
+        w_GKN: one matrix per group.
+        group_sizes_G: rows of each group, 0 allowed; the sum may be less than M.
+        impl: of the products; ``hopper`` needs bfloat16 activations, and K and N that are multiples
+            of 128. ``reference`` does G times the work.
+
+    Returns:
+        ``[M, N]`` in the dtype of ``x``.
+    """
+    return _grouped(*backend.varying_alike(x_MK, w_GKN, group_sizes_G), impl)
+
+
+def _quantizer(impl: Impl | GroupedImpl) -> Literal["auto", "reference"]:
+    return "reference" if impl == "reference" else "auto"
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _linear(x_MK: jax.Array, w_KN: jax.Array, impl: Impl) -> jax.Array:
+    return _linear_fwd(x_MK, w_KN, impl)[0]
+
+
+def _linear_fwd(x_MK, w_KN, impl):
+    x = quantize_tiles_both(x_MK, impl=_quantizer(impl))
+    w, w_transposed = quantize_blocks_both(w_KN, impl=_quantizer(impl))
+    y_MN = fp8_matmul(x.by_row, w_transposed, out_dtype=x_MK.dtype, impl=impl)
+    # Empty arrays carry the dtypes that the gradients must have.
+    dtypes = x_MK[:0, :0], w_KN[:0, :0]
+    return y_MN, (_named(x.by_column, "fp8_input"), _named(w, "fp8_weight"), dtypes)
+
+
+def _linear_bwd(impl, residuals, dy_MN):
+    x_transposed, w, (like_x, like_w) = residuals
+    dy = quantize_tiles_both(dy_MN, impl=_quantizer(impl))
+    dx_MK = fp8_matmul(dy.by_row, w, out_dtype=like_x.dtype, impl=impl)
+    dw_KN = fp8_matmul(x_transposed, dy.by_column, out_dtype=like_w.dtype, impl=impl)
+    return dx_MK, dw_KN
+
+
+_linear.defvjp(_linear_fwd, _linear_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _grouped(x_MK: jax.Array, w_GKN: jax.Array, sizes_G: jax.Array, impl: GroupedImpl):
+    return _grouped_fwd(x_MK, w_GKN, sizes_G, impl)[0]
+
+
+def _grouped_fwd(x_MK, w_GKN, sizes_G, impl):
+    tiles = ragged_tiles(sizes_G, x_MK.shape[0])
+    x = quantize_tiles_both(x_MK, tiles, impl=_quantizer(impl))
+    w, w_transposed = quantize_blocks_both(w_GKN, impl=_quantizer(impl))
+    y_MN = fp8_grouped_matmul(x.by_row, w_transposed, sizes_G, out_dtype=x_MK.dtype, impl=impl)
+    dtypes = x_MK[:0, :0], w_GKN[:0, :0, :0]
+    kept = _named(x.by_column, "fp8_input"), _named(w, "fp8_weight")
+    return y_MN, (*kept, sizes_G, dtypes)
+
+
+def _grouped_bwd(impl, residuals, dy_MN):
+    x_transposed, w, sizes_G, (like_x, like_w) = residuals
+    tiles = ragged_tiles(sizes_G, dy_MN.shape[0])
+    dy = quantize_tiles_both(dy_MN, tiles, impl=_quantizer(impl))
+    dx_MK = fp8_grouped_matmul(dy.by_row, w, sizes_G, out_dtype=like_x.dtype, impl=impl)
+    dw_GKN = fp8_grouped_wgrad(x_transposed, dy.by_column, tiles, out_dtype=like_w.dtype, impl=impl)
+    return dx_MK, dw_GKN, None
+
+
+_grouped.defvjp(_grouped_fwd, _grouped_bwd)
+
+
+def _named(q, name: str):
+    return jax.tree.map(lambda x: checkpoint_name(x, name), q)

@@ -1,0 +1,209 @@
+"""FP8 linear layers against float64, to the error that rounding to E4M3 can make.
+
+On a Hopper GPU: ``JAX_PLATFORMS=cuda pytest -m gpu tests/pallas_kernels``.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import linear, quantize, reference
+from pallas_kernels.hopper import matmul as hopper
+
+needs_simulation = pytest.mark.skipif(
+    tuple(int(part) for part in jax.__version__.split(".")[:2]) < (0, 12),
+    reason="before 0.12, Pallas simulates no clusters of blocks",
+)
+implementations = pytest.mark.parametrize(
+    "impl", ["reference", pytest.param("hopper", marks=pytest.mark.gpu)]
+)
+
+# E4M3 rounds by half a step, 2^-4 of a number; its smallest step is 2^-9 of the scale, and so at
+# most 2^-10 / 448 of the largest of a tile. Each term of a product has two rounded factors.
+ROUNDING = 2.0**-4
+PRODUCT = 2 * ROUNDING + ROUNDING**2
+TINY = 2.0**-10 / 448 * 2
+
+
+def arrays(m, k, n, dtype=jnp.float32, seed=0, groups=None):
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((m, k)) * np.exp(rng.standard_normal((m, 1)))
+    w = rng.standard_normal((k, n) if groups is None else (groups, k, n)) / k**0.5
+    dy = rng.standard_normal((m, n)) * np.exp(rng.standard_normal((m, 1)))
+    return jnp.asarray(x, dtype), jnp.asarray(w, jnp.float32), jnp.asarray(dy, dtype)
+
+
+def value_and_gradients(f, x, w, dy):
+    y, vjp = jax.vjp(f, x, w)
+    return y, *vjp(dy)
+
+
+def products(x, w, dy):
+    """The three products, exactly, a bound of what rounding can change, and the contracted size."""
+    x, w, dy = (np.asarray(a, np.float64) for a in (x, w, dy))
+
+    def one(a, b):
+        floor = np.abs(a).max() * np.abs(b).max() * a.shape[1] * TINY
+        return a @ b, np.abs(a) @ np.abs(b) * PRODUCT + floor, a.shape[1]
+
+    return one(x, w), one(dy, w.T), one(x.T, dy)
+
+
+def assert_within(got, exact, dtypes):
+    for a, (want, bound, contracted), dtype in zip(got, exact, dtypes, strict=True):
+        assert a.dtype == dtype
+        a = np.asarray(a, np.float64)
+        bound = bound * 1.01 + (2.0**-8 * np.abs(want) if dtype == jnp.bfloat16 else 0)
+        assert (np.abs(a - want) <= bound).all()
+        # The bound holds for the worst case; on average errors cancel.
+        assert np.linalg.norm(a - want) <= 0.05 * np.linalg.norm(want)
+        # The only element of a tile is the largest, and is rounded by nothing.
+        if contracted > 50:
+            assert np.linalg.norm(a - want) >= 0.005 * np.linalg.norm(want), "this was not FP8"
+
+
+@implementations
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize(("m", "k", "n"), [(256, 384, 256), (200, 130, 72)])
+def test_linear(m, k, n, dtype, impl):
+    x, w, dy = arrays(m, k, n, dtype)
+    f = jax.jit(functools.partial(linear.fp8_linear, impl=impl))
+    got = value_and_gradients(f, x, w, dy)
+    assert_within(got, products(x, w, dy), (dtype, dtype, jnp.float32))
+
+
+@implementations
+@pytest.mark.parametrize("sizes", [[100, 0, 57, 70], [0, 256, 0], [1, 130, 2]])
+def test_grouped_linear(sizes, impl):
+    m, k, n = 264, 256, 384
+    x, w, dy = arrays(m, k, n, jnp.bfloat16, groups=len(sizes))
+    x, dy = (a.at[sum(sizes) :].set(jnp.nan) for a in (x, dy))
+    group_sizes = jnp.asarray(sizes, jnp.int32)
+    f = jax.jit(lambda x, w: linear.fp8_grouped_linear(x, w, group_sizes, impl=impl))
+    y, dx, dw = value_and_gradients(f, x, w, dy)
+    assert (np.asarray(y, np.float32)[sum(sizes) :] == 0).all()
+    assert (np.asarray(dx, np.float32)[sum(sizes) :] == 0).all()
+    dtypes = jnp.bfloat16, jnp.bfloat16, jnp.float32
+    for g, (size, end) in enumerate(zip(sizes, np.cumsum(sizes), strict=True)):
+        own = slice(end - size, end)
+        if size == 0:
+            assert (np.asarray(dw[g]) == 0).all()
+        else:
+            assert_within((y[own], dx[own], dw[g]), products(x[own], w[g], dy[own]), dtypes)
+
+
+def test_one_group_is_the_linear_layer():
+    x, w, dy = arrays(256, 128, 128)
+    sizes = jnp.asarray([256], jnp.int32)
+    one = value_and_gradients(linear.fp8_linear, x, w, dy)
+    f = lambda x, w: linear.fp8_grouped_linear(x, w[None], sizes)  # noqa: E731
+    for a, b in zip(value_and_gradients(f, x, w, dy), one, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6 * np.abs(b).max())
+
+
+def test_groups_do_not_disturb_each_other():
+    """A group's gradient is the same whatever the others hold: no scale is shared."""
+    x, w, dy = arrays(256, 128, 128, groups=3)
+    sizes = jnp.asarray([50, 100, 90], jnp.int32)
+
+    def dw(x, dy):
+        return value_and_gradients(lambda x, w: linear.fp8_grouped_linear(x, w, sizes), x, w, dy)[2]
+
+    clean = dw(x, dy)
+    louder = dw(x.at[50:150].multiply(1e6), dy.at[50:150].set(jnp.inf))
+    np.testing.assert_array_equal(louder[::2], clean[::2])
+
+
+def test_what_is_kept_for_the_backward_pass_is_in_fp8():
+    x, w, _ = arrays(256, 384, 512, jnp.bfloat16)
+    _, vjp = jax.vjp(linear.fp8_linear, x, w)
+    kept = [a for a in jax.tree.leaves(vjp) if a.size]
+    eight_bits = sum(a.size for a in kept if a.dtype == reference.E4M3)
+    assert eight_bits == x.size + w.size
+    scales = sum(a.size for a in kept if a.dtype == jnp.float32)
+    assert scales == x.size // 128 + w.size // 128**2
+    assert sum(a.nbytes for a in kept) == eight_bits + 4 * scales
+
+
+@pytest.mark.parametrize("check_vma", [False, True])
+def test_inside_shard_map(check_vma):
+    """Weights the same on all devices: their gradients are summed over them."""
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    x, w, _ = arrays(4 * 128, 128, 128)
+    wg = jnp.stack([w, 2 * w])
+    sizes = jnp.asarray([[100, 28], [0, 0], [5, 6], [128, 0]], jnp.int32)
+    P = jax.sharding.PartitionSpec
+
+    def local(x, w, wg, sizes):
+        return linear.fp8_linear(x, w) + linear.fp8_grouped_linear(x, wg, sizes[0])
+
+    rows = P("data")
+    sharded = jax.shard_map(
+        local, mesh=mesh, in_specs=(rows, P(), P(), rows), out_specs=rows, check_vma=check_vma
+    )
+
+    def one_by_one(x, w, wg, sizes):
+        parts = zip(x.reshape(4, 128, -1), sizes, strict=True)
+        return jnp.concatenate([local(x, w, wg, s[None]) for x, s in parts])
+
+    def gradients(f):
+        return jax.jit(jax.grad(lambda *args: (f(*args, sizes) ** 2).sum(), (0, 1, 2)))
+
+    got, want = gradients(sharded)(x, w, wg), gradients(one_by_one)(x, w, wg)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3), got, want)
+
+
+SIZES = [[128, 0, 140], [0, 3, 250, 0, 1], [0, 0]]
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param(dict(interpret=True), id="simulated", marks=needs_simulation),
+        pytest.param(dict(), id="device", marks=pytest.mark.gpu),
+    ],
+)
+@pytest.mark.parametrize("out_dtype", [jnp.float32, jnp.bfloat16])
+def test_hopper_grouped_wgrad(out_dtype, how, sizes):
+    m = 272
+    tiles = quantize.ragged_tiles(jnp.asarray(sizes, jnp.int32), m)
+    x, _, dy = arrays(m, 256, 384)
+    a, b = (reference.quantize_tiles_ragged(z, tiles) for z in (x, dy))
+    count = int(tiles.count[0])
+    # What lies in tiles of no group must not matter.
+    a = a._replace(scale=a.scale.at[count:].set(jnp.nan))
+    got = hopper.fp8_grouped_wgrad(a, b, tiles, out_dtype=out_dtype, **how)
+    want = np.asarray(reference.fp8_grouped_wgrad(a, b, tiles), np.float64)
+    assert got.dtype == out_dtype
+    assert np.isfinite(want).all()
+    rtol = 2.0**-8 if out_dtype == jnp.bfloat16 else 1e-6
+    # Tensor cores sum E4M3 products to about 13 bits.
+    atol = (1e-5 if how else 2.0**-11) * (np.abs(want).max() + 1e-30)
+    np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=rtol, atol=atol)
+
+
+def test_hopper_grouped_wgrad_lowers_without_a_device():
+    shape = jax.ShapeDtypeStruct
+    tiles = jax.eval_shape(lambda sizes: quantize.ragged_tiles(sizes, 1000), shape((8,), jnp.int32))
+    most = len(tiles.first_T)
+    a, b = (
+        reference.Quantized(
+            shape((side, 128 * most), reference.E4M3), shape((most, side), jnp.float32)
+        )
+        for side in (7168, 2048)
+    )
+    traced = jax.jit(hopper.fp8_grouped_wgrad).trace(a, b, tiles)
+    assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="asks for what a CPU lacks")
+def test_explicit_impl_never_falls_back():
+    x, w, _ = arrays(128, 128, 128)
+    with pytest.raises(ValueError, match="interpret mode"):
+        linear.fp8_linear(x, w, impl="hopper")
+    with pytest.raises(ValueError, match="multiples of 128"):
+        linear.fp8_grouped_linear(x, w[None], jnp.asarray([128], jnp.int32), impl="hopper")
