@@ -35,6 +35,7 @@ COMPUTE: dict[str, tuple[str, ...]] = {
     "heads": ("tensor",),
     "mlp": ("tensor",),
     "expert_mlp": ("tensor",),
+    "expert_mlp_in": ("tensor",),
     "vocab": ("tensor",),
 }
 
@@ -47,6 +48,9 @@ STORED: dict[str, tuple[str, ...]] = {
     "mlp": ("expert",),
     "vocab": ("expert",),
     "latent_in": ("fsdp",),
+    # Rows and not columns of w2: gradients are divided again without a copy where a part is
+    # whole tiles of the TPU's 8 x 128, and 7168 columns over 32 are not.
+    "expert_mlp_in": ("fsdp",),
     "latent_out": ("expert",),
 }
 

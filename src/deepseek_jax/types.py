@@ -23,7 +23,7 @@ R      latent width of keys and values, ``kv_lora_rank``
 E      routed experts
 K      experts per token (top-k); in ``pallas_kernels`` the contracted axis
 G      expert groups; in ``pallas_kernels`` the groups of a grouped matmul
-M      rows: flattened (token, chosen expert) pairs
+M      rows: flattened (token, chosen expert) pairs; flattened positions in losses
 ====== =================================================================
 """
 

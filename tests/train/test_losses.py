@@ -24,29 +24,38 @@ def inputs(seed=0, dtype=jnp.float32):
     return hidden, head, targets, weights
 
 
-def plain(hidden, head, targets, weights):
+def plain_rows(hidden, head, targets):
     logits = jnp.dot(hidden, head, preferred_element_type=jnp.float32)
-    nll = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-    return (nll * weights).sum()
+    return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+
+
+def plain(hidden, head, targets, weights):
+    return (plain_rows(hidden, head, targets) * weights).sum()
+
+
+def total(*args):
+    return cross_entropy(*args)[0]
 
 
 @pytest.mark.parametrize("at_once", [V, 10 * V, 2**27])
 def test_cross_entropy_equals_optax_whatever_the_chunk(at_once, monkeypatch):
     monkeypatch.setattr(losses, "LOGITS_AT_ONCE", at_once)
     args = inputs()
-    ours = quick_jit(jax.value_and_grad(lambda *a: 3 * cross_entropy(*a), argnums=(0, 1)))(*args)
+    ours = quick_jit(jax.value_and_grad(lambda *a: 3 * total(*a), argnums=(0, 1)))(*args)
     expected = quick_jit(jax.value_and_grad(lambda *a: 3 * plain(*a), argnums=(0, 1)))(*args)
     assert float(ours[0]) == pytest.approx(float(expected[0]), rel=1e-5)
     for got, want in zip(ours[1], expected[1], strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
-    without_gradient = quick_jit(lambda *a: 3 * cross_entropy(*a))(*args)
+    without_gradient = quick_jit(lambda *a: 3 * total(*a))(*args)
     assert float(without_gradient) == pytest.approx(float(ours[0]), rel=1e-6)
+    rows = quick_jit(lambda *a: cross_entropy(*a)[1])(*args)
+    np.testing.assert_allclose(rows, plain_rows(*args[:3]), rtol=1e-5, atol=1e-5)
 
 
 def test_no_float32_array_of_all_logits_exists(monkeypatch):
     monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 5 * V)
     args = inputs(dtype=jnp.bfloat16)
-    jaxpr = str(jax.make_jaxpr(jax.grad(lambda *a: cross_entropy(*a), argnums=(0, 1)))(*args))
+    jaxpr = str(jax.make_jaxpr(jax.grad(total, argnums=(0, 1)))(*args))
     assert f"f32[5,{V}]" in jaxpr
     assert f"[{N},{V}]" not in jaxpr
     assert f"[40,{V}]" not in jaxpr  # N padded to whole chunks
@@ -54,9 +63,7 @@ def test_no_float32_array_of_all_logits_exists(monkeypatch):
 
 def test_huge_logits_do_not_overflow():
     hidden, head, targets, weights = inputs()
-    value, grads = jax.value_and_grad(cross_entropy, argnums=(0, 1))(
-        hidden * 1e4, head, targets, weights
-    )
+    value, grads = jax.value_and_grad(total, argnums=(0, 1))(hidden * 1e4, head, targets, weights)
     assert np.isfinite(float(value))
     assert all(bool(jnp.isfinite(g).all()) for g in grads)
 

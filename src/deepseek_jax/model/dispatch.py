@@ -25,6 +25,7 @@ from deepseek_jax import sharding
 from deepseek_jax.config import Precision
 from deepseek_jax.model.experts import (
     ExpertWeights,
+    compact,
     from_pairs,
     local_experts,
     sorted_pairs,
@@ -57,10 +58,12 @@ def routed_experts(
     weights: ExpertWeights,
     precision: Precision,
     parallel: ExpertParallel,
+    groups: tuple[int, int] = (1, 1),
 ) -> Float[Array, "T D"]:
     """Sum over each token's K experts of gate * FFN(x) (V3 Eq. 12), in the compute dtype.
 
-    ``weights`` are the experts of this device; ``experts_TK`` counts all experts.
+    ``weights`` are the experts of this device; ``experts_TK`` counts all experts. ``groups``:
+    into how many the experts are divided, and of how many a token chooses.
     """
     x_TD = x_TD.astype(precision.compute_dtype)
 
@@ -74,7 +77,9 @@ def routed_experts(
     ):
         out = _ring(x_TD, experts_TK, gates_TK, weights, compute)
     else:
-        out = _ragged(x_TD, experts_TK, gates_TK, weights, compute, parallel.receive_factor)
+        most = most_receivers(experts_TK.shape[1], sharding.parts("expert"), *groups)
+        factor = parallel.receive_factor
+        out = _ragged(x_TD, experts_TK, gates_TK, weights, compute, factor, most)
     return sharding.psum(out.astype(precision.compute_dtype), "expert_mlp")
 
 
@@ -105,6 +110,15 @@ def _ring(
 
 
 # --- ragged all-to-all -----------------------------------------------------------------------
+
+
+def most_receivers(top_k: int, devices: int, n_group: int, topk_group: int) -> int:
+    """How many devices a token can be sent to (V3 section 2.1.2, node-limited routing)."""
+    if devices % n_group == 0:
+        return min(top_k, topk_group * (devices // n_group))
+    if n_group % devices == 0:  # a device holds whole groups
+        return min(top_k, topk_group, devices)
+    return min(top_k, devices)
 
 
 class Exchange(NamedTuple):
@@ -171,7 +185,7 @@ class _Outgoing(NamedTuple):
     """The rows a device sends, sorted by receiver and, within it, by round."""
 
     experts_SK: jax.Array
-    """Each row's experts, counted on its receiver from 1; 0: not there."""
+    """Each row's experts, counted on its receiver from 1; 0: none. No more than it has."""
     receiver_S: jax.Array
     round_S: jax.Array
     """In which round each row goes; negative: not a row."""
@@ -188,32 +202,35 @@ def _ragged(
     weights: ExpertWeights,
     compute: Callable[..., jax.Array],
     factor: float,
+    most: int,
 ) -> jax.Array:
     (T, K), N = experts_TK.shape, sharding.parts("expert")
     here = weights.w1_EDF.shape[0]
     # A device can receive no more than every token of the axis with as many experts as it has.
     worst = N * T * min(K, here)
     # Pairs are counted out to rounds by their first; the last row of a round may overhang.
-    pairs_size = min(worst, int(factor * T * K) + K - 1)
+    pairs_size = min(worst, _whole_tiles(int(factor * T * K) + K - 1))
     window = worst if pairs_size == worst else pairs_size - (K - 1)
     rows_size = min(pairs_size, N * T)
 
     # Each token's receivers, without repetition.
     owner_TK = jnp.sort(experts_TK // here, axis=1)
     again_TK = jnp.pad(owner_TK[:, 1:] == owner_TK[:, :-1], ((0, 0), (1, 0)))
-    rows = sorted_pairs(jnp.where(again_TK, N, owner_TK), N, T * min(K, N))
+    rows = sorted_pairs(jnp.where(again_TK, N, owner_TK), N, T * most)
     x_SD = to_pairs(x_TD, rows)
-    gates_SK = to_pairs(gates_TK, rows)
-    out = _outgoing(experts_TK[rows.token_M], rows.sizes_G, here, window)
+    out, first_SK = _outgoing(experts_TK[rows.token_M], rows.sizes_G, here, window)
+    gates_SK = jnp.take_along_axis(to_pairs(gates_TK, rows), first_SK, axis=1)
 
     def one_round(index, x_SD, gates_SK, weights, out):
         goes = jax.nn.one_hot(out.receiver_S, N, dtype=jnp.int32)
         before_N = ((out.round_S >= 0) & (out.round_S < index))[:, None] * goes
         now_N = (out.round_S == index)[:, None] * goes
         ex = plan_exchange(out.starts_N + before_N.sum(0), now_N.sum(0))
-        experts = exchange(out.experts_SK, ex, rows_size)
-        experts = jnp.where(experts == 0, here, experts - 1)
-        x, gates = exchange(x_SD, ex, rows_size), exchange(gates_SK, ex, rows_size)
+        x = exchange(x_SD, ex, rows_size)
+        # One message for both; a row of it is a tile's width on TPU however short.
+        choices = jnp.concatenate([gates_SK, out.experts_SK.astype(gates_SK.dtype)], axis=1)
+        gates, experts = jnp.split(exchange(choices, ex, rows_size), 2, axis=1)
+        experts = jnp.where(experts == 0, here, experts.astype(jnp.int32) - 1)
         y = compute(x, experts, gates, weights, pairs_size).astype(x_SD.dtype)
         return exchange(y, ex.back(), len(x_SD))
 
@@ -224,14 +241,27 @@ def _ragged(
     return from_pairs(y_SD, rows)
 
 
-def _outgoing(experts_SK: jax.Array, sizes_N: jax.Array, here: int, window: int) -> _Outgoing:
-    """Work out who gets which rows when; ``experts_SK`` are the rows' choices, of all experts."""
+def _whole_tiles(rows: int) -> int:
+    """Up to whole tiles of the grouped matmul, which would otherwise copy its rows to pad them."""
+    return -(-rows // 512) * 512 if rows > 512 else rows
+
+
+def _outgoing(
+    experts_SK: jax.Array, sizes_N: jax.Array, here: int, window: int
+) -> tuple[_Outgoing, jax.Array]:
+    """Work out who gets which rows when; and which of a row's choices its receiver has.
+
+    ``experts_SK`` are the choices of each row's token, of all experts.
+    """
     S, N = len(experts_SK), len(sizes_N)
     ends_N = jnp.cumsum(sizes_N)
     starts_N = ends_N - sizes_N
     receiver_S = jnp.searchsorted(ends_N, jnp.arange(S), side="right")  # N past the last row
     there_SK = experts_SK // here == receiver_S[:, None]
-    local_SK = jnp.where(there_SK, experts_SK % here + 1, 0)
+    local_SK = jnp.where(there_SK, experts_SK % here, here)
+    first_SK = compact(local_SK, here)
+    local_SK = jnp.take_along_axis(local_SK, first_SK, axis=1)
+    local_SK = jnp.where(local_SK == here, 0, local_SK + 1)
     pairs_S = there_SK.sum(1)
     before_S = jnp.cumsum(pairs_S) - pairs_S
     pairs_N = jnp.zeros(N, pairs_S.dtype).at[receiver_S].add(pairs_S, mode="drop")
@@ -241,7 +271,7 @@ def _outgoing(experts_SK: jax.Array, sizes_N: jax.Array, here: int, window: int)
     at_S = before_S - (jnp.cumsum(pairs_N) - pairs_N)[own] + earlier_N[own]
     round_S = jnp.where(receiver_S < N, at_S // window, -1)
     rounds = jnp.maximum(-(-from_NN.sum(0).max() // window), 1)
-    return _Outgoing(local_SK, receiver_S, round_S, starts_N, rounds)
+    return _Outgoing(local_SK, receiver_S, round_S, starts_N, rounds), first_SK
 
 
 def _all_rounds(one_round: Callable[..., jax.Array]) -> Callable[..., jax.Array]:

@@ -51,9 +51,11 @@ def to_pairs(x_TD: Float[Array, "T D"], pairs: Pairs) -> Float[Array, "M D"]:
 @jax.custom_vjp
 def from_pairs(y_MD: Float[Array, "M D"], pairs: Pairs) -> Float[Array, "T D"]:
     """The sum of its pairs' rows for every token, in float32."""
-    T, K = pairs.slot_TK.shape
-    rows = y_MD.at[pairs.slot_TK.reshape(-1)].get(mode="fill", fill_value=0)
-    return rows.reshape(T, K, -1).sum(1, dtype=jnp.float32)
+    total = jnp.zeros((len(pairs.slot_TK), y_MD.shape[1]), jnp.float32)
+    # Choice by choice: all gathered at once they would be K times the result.
+    for slot_T in pairs.slot_TK.T:
+        total += y_MD.at[slot_T].get(mode="fill", fill_value=0)
+    return total
 
 
 to_pairs.defvjp(
@@ -64,6 +66,15 @@ from_pairs.defvjp(
     lambda y_MD, pairs: (from_pairs(y_MD, pairs), (pairs, jnp.zeros((), y_MD.dtype))),
     lambda saved, ct_TD: (to_pairs(ct_TD.astype(saved[1].dtype), saved[0]), None),
 )
+
+
+def compact(keys_TK: Int[Array, "T K"], num_keys: int) -> Int[Array, "T k"]:
+    """Every token's present choices first (``sorted_pairs``): which of its K they are, in order.
+
+    Of K slots only as many are kept as there are keys: no token chooses an expert twice.
+    """
+    order_TK = jnp.argsort(keys_TK >= num_keys, axis=1, stable=True)
+    return order_TK[:, : min(keys_TK.shape[1], num_keys)].astype(jnp.int32)
 
 
 class ExpertWeights(NamedTuple):
@@ -90,9 +101,13 @@ def local_experts(
     The gate multiplies SwiGLU's product and not the output: w2 is linear, and so the product
     costs no pass of its own.
     """
-    (T, K), E = experts_TK.shape, weights.w1_EDF.shape[0]
-    most = T * min(K, E) if most is None else most
-    pairs = sorted_pairs(experts_TK, E, most)
+    E = weights.w1_EDF.shape[0]
+    if experts_TK.shape[1] > E:
+        first_TK = compact(experts_TK, E)
+        experts_TK, gates_TK = (
+            jnp.take_along_axis(a, first_TK, axis=1) for a in (experts_TK, gates_TK)
+        )
+    pairs = sorted_pairs(experts_TK, E, experts_TK.size if most is None else most)
     times = functools.partial(grouped_matmul, group_sizes_G=pairs.sizes_G)
     x_MD = to_pairs(x_TD.astype(precision.compute_dtype), pairs)
     each = Pairs(pairs.choice_M, pairs.choice_M, pairs.slot_TK.reshape(-1, 1), pairs.sizes_G)

@@ -172,7 +172,7 @@ class MoE(ParamModule):
         weights = ExpertWeights(
             self.weight("w1", (E, D, F), ("expert", "embed", "expert_mlp")),
             self.weight("w3", (E, D, F), ("expert", "embed", "expert_mlp")),
-            self.weight("w2", (E, F, D), ("expert", "expert_mlp", "embed")),
+            self.weight("w2", (E, F, D), ("expert", "expert_mlp_in", None)),
         )
         out_BTD = routed_experts(
             x_BTD.reshape(-1, D),
@@ -181,6 +181,7 @@ class MoE(ParamModule):
             weights,
             self.precision,
             self.parallel,
+            groups=(c.n_group, c.topk_group),
         ).reshape(x_BTD.shape)
         if c.n_shared_experts:
             width = c.n_shared_experts * F

@@ -259,11 +259,16 @@ class DeepSeekV3(ParamModule):
 # --- parameters ------------------------------------------------------------------------------
 
 
-def _boxed(model: DeepSeekV3, key: PRNGKeyArray) -> Any:
+def _abstract_boxed(model: DeepSeekV3) -> Any:
+    """Shapes and logical axes of all parameters; no device is asked for anything."""
     config = model.config
-    # Long enough for one position of every MTP depth.
-    tokens = jnp.zeros((1, 2 + config.num_nextn_predict_layers), jnp.int32)
-    return model.init(key, tokens, init_router_bias(config))["params"]
+
+    def boxed() -> Any:
+        # Long enough for one position of every MTP depth.
+        tokens = jnp.zeros((1, 2 + config.num_nextn_predict_layers), jnp.int32)
+        return model.init(jax.random.key(0), tokens, init_router_bias(config))["params"]
+
+    return jax.eval_shape(boxed)
 
 
 def init_router_bias(config: ModelConfig) -> Float[Array, "L E"]:
@@ -303,15 +308,15 @@ def _draw(key: jax.Array, shape: tuple[int, ...], dtype: Any, std: float, *, sta
 
 def abstract_params(model: DeepSeekV3) -> Params:
     """Shapes and dtypes of ``init_params``, nothing allocated."""
-    boxed = jax.eval_shape(functools.partial(_boxed, model), jax.random.key(0))
-    return nn.meta.unbox(boxed)
+    return nn.meta.unbox(_abstract_boxed(model))
 
 
 def logical_axes(model: DeepSeekV3) -> Params:
     """The logical axes of every parameter, as tuples (see ``sharding.RULES``)."""
-    boxed = jax.eval_shape(functools.partial(_boxed, model), jax.random.key(0))
     return jax.tree.map(
-        lambda box: tuple(box.names), boxed, is_leaf=lambda x: isinstance(x, LogicalAxes)
+        lambda box: tuple(box.names),
+        _abstract_boxed(model),
+        is_leaf=lambda x: isinstance(x, LogicalAxes),
     )
 
 

@@ -33,38 +33,39 @@ class LossParts(NamedTuple):
 
 
 def cross_entropy(
-    hidden_ND: Float[Array, "N D"],
+    hidden_MD: Float[Array, "M D"],
     head_DV: Float[Array, "D V"],
-    targets_N: Int[Array, "N"],
-    weights_N: Float[Array, "N"],
-) -> Float[Array, ""]:
-    """Sum over rows of weight * -log softmax(hidden @ head)[target], in float32.
+    targets_M: Int[Array, "M"],
+    weights_M: Float[Array, "M"],
+) -> tuple[Float[Array, ""], Float[Array, "M"]]:
+    """Sum over rows of weight * -log softmax(hidden @ head)[target], and each row's; in float32.
 
-    Per device: over its own rows; ``head_DV`` may be its part of the vocabulary.
-
-    Logits exist for a chunk of rows at a time. When a gradient is wanted it is computed in the
-    same pass, while the chunk's logits are there, so they are never computed twice.
+    Only the sum has a gradient. Logits exist for a chunk of rows at a time; when a gradient is
+    wanted it is computed in the same pass, while the chunk's logits are there, so they are never
+    computed twice. Per device: over its own rows; ``head_DV`` may be its part of the vocabulary.
     """
-    N, V = len(hidden_ND), head_DV.shape[1]
-    rows = max(1, min(N, LOGITS_AT_ONCE // V))
-    pad = -N % rows
-    hidden_ND = jnp.pad(hidden_ND, ((0, pad), (0, 0)))
-    targets_N, weights_N = jnp.pad(targets_N, (0, pad)), jnp.pad(weights_N, (0, pad))
-    return _chunked(hidden_ND, head_DV.astype(hidden_ND.dtype), targets_N, weights_N, rows)
+    M, V = len(hidden_MD), head_DV.shape[1]
+    rows = max(1, min(M, LOGITS_AT_ONCE // V))
+    pad = -M % rows
+    hidden_MD = jnp.pad(hidden_MD, ((0, pad), (0, 0)))
+    targets_M, weights_M = jnp.pad(targets_M, (0, pad)), jnp.pad(weights_M, (0, pad))
+    total, each_M = _chunked(hidden_MD, head_DV.astype(hidden_MD.dtype), targets_M, weights_M, rows)
+    return total, jax.lax.stop_gradient(each_M[:M])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _chunked(hidden_ND, head_DV, targets_N, weights_N, rows: int):
+def _chunked(hidden_MD, head_DV, targets_M, weights_M, rows: int):
     def body(total, chunk):
-        loss, _ = _chunk_loss(chunk, head_DV)
-        return total + loss, None
+        nats, _ = _chunk_loss(chunk, head_DV)
+        return total + (nats * chunk[2]).sum(), nats
 
-    chunks = _split(rows, hidden_ND, targets_N, weights_N)
-    return jax.lax.scan(body, jnp.float32(0), chunks)[0]
+    chunks = _split(rows, hidden_MD, targets_M, weights_M)
+    total, nats = jax.lax.scan(body, jnp.float32(0), chunks)
+    return total, nats.reshape(-1)
 
 
 def _chunk_loss(chunk: tuple[jax.Array, jax.Array, jax.Array], head_DV: jax.Array):
-    """Weighted loss of a chunk, and d loss / d logits."""
+    """Loss of each row of a chunk, and d (weighted sum) / d logits."""
     hidden_CD, targets_C, weights_C = chunk
     logits = jnp.dot(hidden_CD, head_DV, preferred_element_type=jnp.float32)
     V = logits.shape[-1]
@@ -77,35 +78,37 @@ def _chunk_loss(chunk: tuple[jax.Array, jax.Array, jax.Array], head_DV: jax.Arra
     total_C1 = top_C1 + jnp.log(sum_C1)
     own = targets_C1 == jnp.arange(V)
     dlogits = (jnp.exp(logits - total_C1) - own) * weights_C[:, None]
-    return ((total_C1 - picked_C1)[:, 0] * weights_C).sum(), dlogits
+    return (total_C1 - picked_C1)[:, 0], dlogits
 
 
 def _split(rows, *arrays):
     return tuple(x.reshape(-1, rows, *x.shape[1:]) for x in arrays)
 
 
-def _chunked_fwd(hidden_ND, head_DV, targets_N, weights_N, rows):
+def _chunked_fwd(hidden_MD, head_DV, targets_M, weights_M, rows):
     def body(carry, chunk):
         total, dhead = carry
-        loss, dlogits = _chunk_loss(chunk, head_DV)
-        dlogits = dlogits.astype(hidden_ND.dtype)
+        nats, dlogits = _chunk_loss(chunk, head_DV)
+        dlogits = dlogits.astype(hidden_MD.dtype)
         dhidden = jnp.dot(dlogits, head_DV.T, preferred_element_type=jnp.float32)
         dhead += jnp.dot(chunk[0].T, dlogits, preferred_element_type=jnp.float32)
-        return (total + loss, dhead), dhidden.astype(hidden_ND.dtype)
+        total += (nats * chunk[2]).sum()
+        return (total, dhead), (nats, dhidden.astype(hidden_MD.dtype))
 
-    chunks = _split(rows, hidden_ND, targets_N, weights_N)
+    chunks = _split(rows, hidden_MD, targets_M, weights_M)
     start = (jnp.float32(0), jnp.zeros(head_DV.shape, jnp.float32))
-    (total, dhead), dhidden = jax.lax.scan(body, start, chunks)
-    return total, (dhidden.reshape(hidden_ND.shape), dhead.astype(head_DV.dtype))
+    (total, dhead), (nats, dhidden) = jax.lax.scan(body, start, chunks)
+    residuals = (dhidden.reshape(hidden_MD.shape), dhead.astype(head_DV.dtype))
+    return (total, nats.reshape(-1)), residuals
 
 
-def _chunked_bwd(rows, residuals, g):
-    dhidden_ND, dhead_DV = residuals
+def _chunked_bwd(rows, residuals, cotangents):
+    dhidden_MD, dhead_DV = residuals
     # Every part of the vocabulary holds a share of the loss's cotangent.
-    g = sharding.psum(g, "vocab")
+    g = sharding.psum(cotangents[0], "vocab")
     # Weights get no gradient: they mask, and nothing learns them.
     return (
-        (g * dhidden_ND).astype(dhidden_ND.dtype),
+        (g * dhidden_MD).astype(dhidden_MD.dtype),
         (g * dhead_DV).astype(dhead_DV.dtype),
         None,
         None,
@@ -122,8 +125,8 @@ def batch_nats(
     weights_BT: Float[Array, "B T"],
 ) -> Float[Array, ""]:
     """``cross_entropy`` over the positions of a batch, the whole mesh's."""
-    flat_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
-    nats = cross_entropy(flat_ND, head_DV, targets_BT.reshape(-1), weights_BT.reshape(-1))
+    flat_MD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
+    nats, _ = cross_entropy(flat_MD, head_DV, targets_BT.reshape(-1), weights_BT.reshape(-1))
     return sharding.psum(nats, "batch", "sequence")
 
 
@@ -179,18 +182,26 @@ def pretrain_loss(
     """
     depths = model.config.num_nextn_predict_layers
     hidden = hidden_states(model, params, router_bias_LE, batch, mtp=depths > 0)
-    head_DV = head(model, params)
-
-    def ce(h_BTD, targets_BT, weights_BT):
-        nats = batch_nats(h_BTD, head_DV, targets_BT, weights_BT)
-        return nats / jnp.maximum(totals.weight, 1)
-
-    main = ce(hidden.main_BTD, batch.targets_BT, batch.loss_weights_BT)
+    # Main head and MTP depths in one pass over the head: its gradient is as large as itself, and
+    # there is one.
+    targets, masks = [batch.targets_BT], [batch.loss_weights_BT]
+    for depth in range(1, depths + 1):
+        targets_BT, mask_BT = mtp_targets(batch, depth)
+        targets.append(targets_BT)
+        masks.append(mask_BT)
+    share = 1 / jnp.maximum(totals.weight, 1)
+    factors = [share] + [mtp_weight / depths * share] * depths
+    states = jnp.stack((hidden.main_BTD, *hidden.mtp_BTD))
+    nats, each = cross_entropy(
+        states.reshape(-1, states.shape[-1]),
+        head(model, params),
+        jnp.stack(targets).reshape(-1),
+        jnp.stack([f * m for f, m in zip(factors, masks, strict=True)]).reshape(-1),
+    )
+    per_depth = (each.reshape(depths + 1, -1) * jnp.stack(masks).reshape(depths + 1, -1)).sum(1)
+    nats, per_depth = sharding.psum((nats, per_depth * share), "batch", "sequence")
     balance = hidden.balance_loss / totals.micro_batches
-    metrics = {"loss": main, "balance_loss": balance}
-    loss = main + balance
+    metrics = {"loss": per_depth[0], "balance_loss": balance}
     if depths:
-        per_depth = [ce(h, *mtp_targets(batch, k + 1)) for k, h in enumerate(hidden.mtp_BTD)]
-        metrics["mtp_loss"] = sum(per_depth, jnp.float32(0)) / depths
-        loss += mtp_weight * metrics["mtp_loss"]
-    return loss, LossParts(metrics, hidden.load_LE)
+        metrics["mtp_loss"] = per_depth[1:].mean()
+    return nats + balance, LossParts(metrics, hidden.load_LE)

@@ -1,0 +1,259 @@
+"""Eight devices against one: every axis, mixed axes, both dispatchers, any skew of the routing."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deepseek_jax import Batch, DeepSeekV3, UserError, sharding
+from deepseek_jax.config import FLOAT32, Precision
+from deepseek_jax.model.dispatch import ExpertParallel, most_receivers, routed_experts
+from deepseek_jax.model.experts import ExpertWeights, local_experts
+from deepseek_jax.train import optim
+from deepseek_jax.train.losses import pretrain_loss
+from deepseek_jax.train.step import init_state, make_train_step, place_batch, state_shardings
+from tests.configs import MICRO, MICRO_V2, QUICK_COMPILE, quick_jit
+
+# Two heads, 64 tokens and 8 experts: what tensor=2 and expert=8 can divide.
+V3 = MICRO.replace(vocab_size=64, moe_intermediate_size=20)
+V2 = MICRO_V2.replace(vocab_size=64, moe_intermediate_size=20)
+# A large eps, or Adam would make whole steps of the rounding of tiny gradients.
+TX = optim.make_optimizer(optim.OptimConfig(peak_lr=1e-2, eps=1e-2, warmup_steps=0), 100)
+RAGGED, RING = ExpertParallel("ragged", 1.0), ExpertParallel("ring")
+B, T = 8, 12
+
+
+def rows(seed):
+    """Packed rows: two documents each, one row padded at its end."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, 64, (B, T + 1)).astype(np.int32)
+    segments = np.where(np.arange(T) < rng.integers(3, T - 2, (B, 1)), 1, 2).astype(np.int32)
+    segments[3, -4:] = 0
+    positions = np.where(segments == 2, np.arange(T) - (segments == 1).sum(1)[:, None], 0)
+    positions = np.where(segments == 1, np.arange(T), positions).astype(np.int32)
+    weights = (segments > 0).astype(np.float32) * rng.random((B, T)).astype(np.float32)
+    return Batch(tokens[:, :-1], tokens[:, 1:], weights, positions, segments)
+
+
+@functools.cache
+def train(config, mesh_text, parallel=ExpertParallel(), pieces=1, remat="none"):  # noqa: B008
+    """State after 3 steps from one seed, the metrics of each, and the first gradient."""
+    model = DeepSeekV3(config, FLOAT32, remat, parallel)
+
+    def loss_fn(params, bias, batch, totals, step):
+        return pretrain_loss(model, params, bias, batch, totals, 0.3)
+
+    devices = jax.devices()[:1] if mesh_text == "data=1" else jax.devices()
+    mesh = sharding.make_mesh(mesh_text, devices)
+    with jax.set_mesh(mesh):
+        where = state_shardings(model, TX, mesh)
+        init = functools.partial(init_state, model, TX)
+        state = jax.jit(init, out_shardings=where, compiler_options=QUICK_COMPILE)(
+            jax.random.key(0)
+        )
+        step = make_train_step(model, TX, loss_fn, lambda step: 0.01)
+        step = jax.jit(step, out_shardings=(where, None), compiler_options=QUICK_COMPILE)
+        history = []
+        for seed in range(3):
+            parts = [Batch(*(x[i::pieces] for x in rows(seed))) for i in range(pieces)]
+            state, metrics = step(state, place_batch(parts, mesh), np.float32(np.inf))
+            history.append(jax.device_get(metrics))
+    return state, history
+
+
+def check(config, mesh_text, parallel=ExpertParallel(), **kwargs):  # noqa: B008
+    one, one_history = train(config, "data=1")
+    many, history = train(config, mesh_text, parallel, **kwargs)
+    for expected, got in zip(one_history, history, strict=True):
+        np.testing.assert_array_equal(expected["load_LE"], got["load_LE"])
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), expected, got
+        )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6),
+        *jax.device_get((one.params, many.params)),
+    )
+    # Adam's first moment is the gradient, averaged: equal moments are equal gradients.
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5),
+        *jax.device_get((one.opt_state, many.opt_state)),
+    )
+    assert float(jnp.abs(many.router_bias_LE).max()) > 0
+    copies = [np.asarray(shard.data) for shard in many.router_bias_LE.addressable_shards]
+    assert len(copies) == 8
+    for copy in copies:  # every device holds the same bias
+        np.testing.assert_array_equal(copy, np.asarray(one.router_bias_LE))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "parallel"),
+    [
+        ("expert=8", RAGGED),
+        ("expert=8", RING),
+        ("expert=4,data=2", RAGGED),
+        ("fsdp=2,expert=2,tensor=2", RING),
+        ("expert=2,context=2,tensor=2", RAGGED),
+        ("context=4,fsdp=2", RING),
+    ],
+)
+def test_eight_devices_train_as_one(mesh, parallel):
+    check(V3, mesh, parallel)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", [RAGGED, RING])
+@pytest.mark.parametrize("config", [V3, V2, V2.replace(seq_aux=False)])
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        "data=8",
+        "fsdp=8",
+        "data=4,tensor=2",
+        "data=2,context=4",
+        "expert=4,context=2",
+        "data=2,expert=2,context=2",
+        "data=2,fsdp=2,expert=2",
+        "expert=4,tensor=2",
+    ],
+)
+def test_eight_devices_train_as_one_on_every_mesh(mesh, config, parallel):
+    check(config, mesh, parallel)
+
+
+@pytest.mark.parametrize("remat", ["full", "selective"])
+def test_with_accumulation_and_rematerialisation(remat):
+    check(V3, "fsdp=2,expert=2,context=2", RAGGED, pieces=2, remat=remat)
+
+
+# --- the dispatchers alone -------------------------------------------------------------------
+
+E, D, F, K = 8, 16, 12, 3
+
+
+def routing(kind, tokens):
+    rng = np.random.default_rng(0)
+    if kind == "even":
+        return np.stack([rng.permutation(E)[:K] for _ in range(tokens)])
+    if kind == "one device":  # all to the first experts; six of eight devices get nothing
+        return np.tile(np.arange(K), (tokens, 1))
+    if kind == "last":  # one expert takes every token
+        others = np.stack([rng.permutation(E - 1)[: K - 1] for _ in range(tokens)])
+        return np.concatenate([others, np.full((tokens, 1), E - 1)], axis=1)
+    return np.where(np.arange(tokens)[:, None] < tokens // 2, np.arange(K), E - 1 - np.arange(K))
+
+
+@pytest.mark.parametrize("kind", ["even", "one device", "last", "halves"])
+@pytest.mark.parametrize("mesh_text", ["expert=8", "expert=4,tensor=2", "data=4,expert=2"])
+def test_dispatchers_agree_with_one_device(kind, mesh_text):
+    """Value and every gradient, with one round and with several."""
+    tokens = 48
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((tokens, D)).astype(np.float32)
+    gates = rng.random((tokens, K)).astype(np.float32)
+    experts = routing(kind, tokens).astype(np.int32)
+    weights = ExpertWeights(
+        *(rng.standard_normal(s).astype(np.float32) for s in ((E, D, F), (E, D, F), (E, F, D)))
+    )
+    ct = rng.standard_normal((tokens, D)).astype(np.float32)
+
+    def run(fn):
+        def value(x, gates, weights):
+            return fn(x, jnp.asarray(experts), gates, weights)
+
+        y, pullback = jax.vjp(value, x, gates, weights)
+        return y, pullback(ct)
+
+    def alone(*args):
+        return local_experts(*args, FLOAT32)
+
+    expected = quick_jit(lambda: run(alone))()
+    mesh = sharding.make_mesh(mesh_text)
+    names = ("expert", None, "expert_mlp"), ("expert", None, "expert_mlp")
+    specs = ExpertWeights(*(sharding.spec(*n) for n in (*names, ("expert", "expert_mlp_in", None))))
+    rows = sharding.spec("batch", None)
+    for parallel in (RAGGED, ExpertParallel("ragged", 100.0), RING):
+
+        def sharded(x, experts, gates, weights, parallel=parallel):
+            return sharding.per_device(
+                lambda *args: routed_experts(*args, FLOAT32, parallel),
+                in_specs=(rows, rows, rows, specs),
+                out_specs=rows,
+            )(x, experts, gates, weights)
+
+        with jax.set_mesh(mesh):
+            got = quick_jit(lambda sharded=sharded: run(sharded))()
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), expected, got
+        )
+
+
+def test_a_small_buffer_means_more_rounds_and_not_fewer_tokens():
+    """All tokens to one device of eight, with room for a fraction of them at a time."""
+    from deepseek_jax.model import dispatch
+
+    seen = []
+
+    def spy(one_round):
+        run = original(one_round)
+
+        def wrapped(x, gates, weights, out):
+            jax.debug.callback(lambda n: seen.append(int(n)), out.rounds)
+            return run(x, gates, weights, out)
+
+        return wrapped
+
+    original = dispatch._all_rounds
+    dispatch._all_rounds = spy
+    try:
+        test_dispatchers_agree_with_one_device("one device", "expert=8")
+    finally:
+        dispatch._all_rounds = original
+    # 48 tokens of 3 pairs; 6 tokens of 3 pairs fit at a time.
+    assert max(seen) == 8
+
+
+def test_node_limits_bound_the_receivers():
+    assert most_receivers(8, 8, 8, 4) == 4  # V3 on 8 devices, one group each
+    assert most_receivers(8, 4, 8, 4) == 4  # two groups each
+    assert most_receivers(8, 2, 8, 4) == 2
+    assert most_receivers(8, 64, 8, 4) == 8
+    assert most_receivers(6, 64, 1, 1) == 6
+    assert most_receivers(8, 16, 8, 2) == 4
+    assert most_receivers(8, 6, 8, 2) == 6  # groups lie across devices: no use
+
+
+def test_bfloat16_combines_as_one_device_does():
+    """Dispatched in BF16 and summed in float32: within a rounding of the one-device result."""
+    tokens, mesh = 64, sharding.make_mesh("expert=8")
+    rng = np.random.default_rng(2)
+    x = jnp.asarray(rng.standard_normal((tokens, D)), jnp.bfloat16)
+    gates = jnp.asarray(rng.random((tokens, K)), jnp.float32)
+    experts = jnp.asarray(routing("even", tokens), jnp.int32)
+    weights = ExpertWeights(
+        *(
+            jnp.asarray(rng.standard_normal(s) / 4, jnp.bfloat16)
+            for s in ((E, D, F), (E, D, F), (E, F, D))
+        )
+    )
+    precision = Precision()
+    expected = quick_jit(lambda: local_experts(x, experts, gates, weights, precision))()
+    rows, own = sharding.spec("batch", None), sharding.spec("expert")
+    for parallel in (RAGGED, RING):
+        with jax.set_mesh(mesh):
+            got = quick_jit(
+                sharding.per_device(
+                    lambda *args, parallel=parallel: routed_experts(*args, precision, parallel),
+                    in_specs=(rows, rows, rows, ExpertWeights(own, own, own)),
+                    out_specs=rows,
+                )
+            )(x, experts, gates, weights)
+        assert got.dtype == jnp.bfloat16
+        scale = float(jnp.abs(expected).max())
+        np.testing.assert_allclose(got.astype(np.float32), expected, atol=2**-7 * scale)
+
+
+def test_a_buffer_too_small_for_balance_is_refused():
+    with pytest.raises(UserError, match=r"receive_factor=0\.5"):
+        ExpertParallel(receive_factor=0.5)
