@@ -5,13 +5,21 @@ import json
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 from rich.console import Console
 
 from deepseek_jax import sharding
 from deepseek_jax.config import Precision
-from deepseek_jax.model.transformer import DeepSeekV3, abstract_params
+from deepseek_jax.model.transformer import (
+    DeepSeekV3,
+    abstract_params,
+    init_cache,
+    init_params,
+    init_router_bias,
+)
 from deepseek_jax.plan import compile as compiler
 from deepseek_jax.plan import hlo, topology
 from deepseek_jax.plan.collectives import collectives
@@ -21,16 +29,18 @@ from deepseek_jax.plan.show import search_table
 from deepseek_jax.presets import preset
 from deepseek_jax.train.optim import OptimConfig
 from deepseek_jax.types import UserError
-from tests.configs import MICRO
+from tests.configs import MICRO, quick_jit
 
 F32 = Precision(compute="float32")
 DENSE = MICRO.replace(first_k_dense_replace=3, num_nextn_predict_layers=0)
 
 
-def _train(config, mesh, rows=8, seq_len=16, micro_batches=1):
-    model = DeepSeekV3(config, F32, "full")
-    lower = compiler.training_step(model, OptimConfig(), mesh, micro_batches, rows, seq_len)
-    return compiler.compile_step(lower, mesh, lambda stage: None)
+@functools.cache
+def _train(micro_batches: int) -> tuple[compiler.Compiled, Mesh]:
+    mesh = sharding.make_mesh("data=8")
+    model = DeepSeekV3(DENSE, F32, "full")
+    lower = compiler.training_step(model, OptimConfig(), mesh, micro_batches, 8, 16)
+    return compiler.compile_step(lower, mesh, lambda stage: None), mesh
 
 
 def _sent(compiled, mesh):
@@ -47,9 +57,7 @@ def _param_bytes(config) -> int:
 
 
 def test_data_parallel_training_sends_every_gradient_once():
-    mesh = sharding.make_mesh("data=8")
-    compiled = _train(DENSE, mesh)
-    sent = _sent(compiled, mesh)
+    sent = _sent(*_train(1))
     assert set(sent) == {"all-reduce data"}
     gradients = 2 * 7 / 8 * _param_bytes(DENSE)
     # Beside them the loss, its weight and counters: a few scalars.
@@ -57,16 +65,12 @@ def test_data_parallel_training_sends_every_gradient_once():
 
 
 def test_micro_batches_add_no_gradient_traffic():
-    mesh = sharding.make_mesh("data=8")
-    once, thrice = (
-        _sent(_train(DENSE, mesh, micro_batches=n), mesh)["all-reduce data"] for n in (1, 3)
-    )
+    once, thrice = (_sent(*_train(n))["all-reduce data"] for n in (1, 3))
     assert once <= thrice <= once + 1000
 
 
 def test_memory_of_arguments_is_that_of_parameters_and_moments():
-    mesh = sharding.make_mesh("data=8")
-    memory = _train(DENSE, mesh).memory
+    memory = _train(1)[0].memory
     assert memory is not None
     state = 3 * _param_bytes(DENSE)
     assert state <= memory.arguments <= 1.1 * state
@@ -74,6 +78,31 @@ def test_memory_of_arguments_is_that_of_parameters_and_moments():
     assert memory.peak == (
         memory.arguments + memory.outputs - memory.aliased + memory.temporaries + memory.code
     )
+
+
+def test_the_decode_step_that_is_compiled_is_the_models():
+    config = MICRO.replace(num_nextn_predict_layers=0, first_k_dense_replace=1, num_hidden_layers=2)
+    model = DeepSeekV3(config, F32)
+    params = quick_jit(functools.partial(init_params, model))(jax.random.key(0))
+    bias, held = init_router_bias(config), jnp.arange(8, dtype=jnp.int32)
+    full = jax.tree.map(
+        lambda x: jax.random.normal(jax.random.key(1), x.shape), init_cache(config, 8, 12)
+    )
+    cache = full._replace(length_B=held)
+    tokens = jax.random.randint(jax.random.key(2), (8, 1), 0, config.vocab_size)
+
+    @quick_jit
+    def decode(tokens, cache):
+        return model.apply({"params": params}, tokens, bias, cache, method="decode")
+
+    logits, after = decode(tokens, cache)
+    mesh = sharding.make_mesh("fsdp=2,expert=4")
+    with jax.set_mesh(mesh):
+        mapped = quick_jit(compiler.decode_per_device(model, mesh))
+        found, found_after = mapped(params, bias, tokens, cache)
+    np.testing.assert_allclose(found, logits, atol=2e-5)
+    np.testing.assert_allclose(found_after.c_kv_LBSR, after.c_kv_LBSR, atol=2e-5)
+    np.testing.assert_array_equal(found_after.length_B, held + 1)
 
 
 # --- bad input: one sentence, before anything is compiled --------------------------------------

@@ -7,13 +7,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from deepseek_jax import sharding
 from deepseek_jax.model.transformer import (
     DeepSeekV3,
+    abstract_params,
     init_cache,
     init_router_bias,
+    logical_axes,
     sharded_params,
 )
 from deepseek_jax.train.loop import jit_step
@@ -87,29 +89,52 @@ def training_step(
 
 
 def decode_step(model: DeepSeekV3, mesh: Mesh, rows: int, slots: int) -> Callable[[], Any]:
-    """One token for every row, from and into a latent cache that is donated."""
+    """One token for every row, from and into a latent cache that is donated.
+
+    Runs per device like training, its collectives those that the model states: left to itself
+    the compiler gathers all experts on every device.
+    """
     config, dtype = model.config, model.precision.compute_dtype
     params = sharded_params(model, mesh)
-    everywhere, by_row = sharding.sharding(mesh), sharding.sharding(mesh, "batch")
-    by_layer = sharding.sharding(mesh, "layers", "batch")
-    cache = jax.tree.map(
-        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-        jax.eval_shape(lambda: init_cache(config, rows, slots, dtype)),
-        KVCache(by_layer, by_layer, by_row),
+    cache = _placed(
+        mesh, jax.eval_shape(lambda: init_cache(config, rows, slots, dtype)), _CACHE_SPECS
     )
-    bias = jax.eval_shape(lambda: init_router_bias(config))
-    bias = jax.ShapeDtypeStruct(bias.shape, bias.dtype, sharding=everywhere)
-    tokens = jax.ShapeDtypeStruct((rows, 1), jnp.int32, sharding=by_row)
+    bias = _placed(mesh, jax.eval_shape(lambda: init_router_bias(config)), sharding.spec())
+    tokens = jax.ShapeDtypeStruct((rows, 1), jnp.int32, sharding=sharding.sharding(mesh, "batch"))
 
-    def decode(params, bias_LE, tokens_BT, cache):
+    def lower() -> Any:
+        # Inside, because the mesh must be set when the function is mapped over it.
+        jitted = jax.jit(decode_per_device(model, mesh), donate_argnums=3)
+        return jitted.lower(params, bias, tokens, cache)
+
+    return lower
+
+
+_CACHE_SPECS = KVCache(
+    sharding.spec("layers", "batch"), sharding.spec("layers", "batch"), sharding.spec("batch")
+)
+
+
+def decode_per_device(model: DeepSeekV3, mesh: Mesh) -> Callable[..., Any]:
+    """``(params, router_bias_LE, tokens_BT, cache) -> (logits, cache)``, rows over the mesh."""
+
+    def decode(params: Any, bias_LE: jax.Array, tokens_BT: jax.Array, cache: KVCache) -> Any:
         return model.apply({"params": params}, tokens_BT, bias_LE, cache, method="decode")
 
-    jitted = jax.jit(
+    specs = sharding.param_specs(mesh, logical_axes(model), abstract_params(model))
+    return sharding.per_device(
         decode,
-        donate_argnums=3,
-        out_shardings=(by_row, jax.tree.map(lambda x: x.sharding, cache)),
+        in_specs=(specs, sharding.spec(), sharding.spec("batch"), _CACHE_SPECS),
+        out_specs=(sharding.spec("batch", None, "vocab"), _CACHE_SPECS),
     )
-    return lambda: jitted.lower(params, bias, tokens, cache)
+
+
+def _placed(mesh: Mesh, shapes: Any, specs: Any) -> Any:
+    return jax.tree.map(
+        lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)),
+        shapes,
+        specs,
+    )
 
 
 def compile_step(lower: Callable[[], Any], mesh: Mesh, say: Callable[[str], None]) -> Compiled:
