@@ -100,6 +100,29 @@ def test_grouped_products_count_the_rows_that_are_there():
     assert work.count(program).flops == 0
 
 
+_KERNELS = """
+  %sizes = s32[4]{0} parameter(0)
+  %x = bf16[1024,256]{1,0} parameter(1)
+  %dy = bf16[1024,128]{1,0} parameter(2)
+  %w = bf16[4,256,128]{2,1,0} parameter(3)
+  %y = bf16[1024,128]{1,0} custom-call(%sizes, %x, %w), custom_call_target="tpu_custom_call", \
+metadata={op_name="jit(f)/jit(gmm)/pallas_call"}, \
+backend_config={"custom_call_config":{"cost_estimate":{"flops":"67108864","transcendentals":"0"}}}
+  %dw = bf16[4,256,128]{2,1,0} custom-call(%sizes, %x, %dy), \
+custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/jit(tgmm)/pallas_call"}, \
+backend_config={"custom_call_config":{"cost_estimate":{"flops":"67108864","transcendentals":"0"}}}
+  ROOT %a = bf16[1024,128]{1,0} custom-call(%y), custom_call_target="tpu_custom_call", \
+metadata={op_name="jit(f)/attention"}, \
+backend_config={"custom_call_config":{"cost_estimate":{"flops":"1000","transcendentals":"0"}}}"""
+
+
+def test_kernels_count_as_they_say_and_grouped_ones_by_their_rows():
+    program = _program(_KERNELS)
+    assert work.count(program).flops == 1000
+    assert work.count(program).ragged_flops == 2 * (2 * 1024 * 256 * 128)
+    assert work.count(program, pairs=600).ragged_flops == 2 * (2 * 600 * 256 * 128)
+
+
 _SLICES = """
 %slice_fusion (p.0: f32[58,64,64], p.1: s32[], p.2: f32[32,64]) -> f32[32,64] {
   %p.0 = f32[58,64,64]{2,1,0} parameter(0)

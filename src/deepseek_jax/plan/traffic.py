@@ -8,7 +8,8 @@ each. How many devices that is depends on the routing; here under uniform group-
 import math
 from typing import NamedTuple
 
-from deepseek_jax.config import ModelConfig
+from deepseek_jax.config import ModelConfig, RematPolicy
+from deepseek_jax.model import dispatch
 
 # An E4M3 row of D channels carries one float32 scale per 128 of them (V3 section 3.3.2).
 _FP8_TILE = 128
@@ -62,8 +63,9 @@ def _overlaps(first: int, count: int, group: int) -> list[int]:
 
 def most_receivers(config: ModelConfig, devices: int) -> int:
     """The most devices that a token can go to: K experts, in ``topk_group`` groups."""
-    per_group = math.ceil(devices / config.n_group)
-    return min(config.num_experts_per_tok, devices, config.topk_group * per_group)
+    return dispatch.most_receivers(
+        config.num_experts_per_tok, devices, config.n_group, config.topk_group
+    )
 
 
 class TokenTraffic(NamedTuple):
@@ -92,6 +94,25 @@ def token_traffic(
         receivers = expected_receivers(config, devices)
     remote, row = receivers * (devices - 1) / devices, row_bytes(config)
     return TokenTraffic(remote * row.bf16, remote * row.fp8, remote * row.bf16)
+
+
+# Gates and ids of a row travel in one message of a tile's width, 128 lanes of 4 bytes.
+_CHOICES_BYTES = 512
+
+
+def step_traffic(config: ModelConfig, devices: int, remat: RematPolicy = "full") -> float:
+    """Bytes a device sends over the expert axis for each token of a training step, BF16.
+
+    Per MoE layer, MTP's included: there and back forward, there and back for the gradients, and
+    there once more where the backward pass computes again. Gates and ids go with the tokens, and
+    the gates' gradients come back.
+    """
+    if devices == 1:
+        return 0.0
+    there = token_traffic(config, devices).dispatch_bf16
+    choices = there / row_bytes(config).bf16 * _CHOICES_BYTES
+    again = 0 if remat == "none" else 1
+    return config.num_routers * ((4 + again) * there + (2 + again) * choices)
 
 
 def ring_traffic(config: ModelConfig, devices: int) -> float:

@@ -17,6 +17,8 @@ _FREE = frozenset(
 )
 _WINDOW = re.compile(r"window=\{([^}]*)\}")
 _LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
+_GROUPED_KERNEL = re.compile(r"ragged_dot_tiling|jit\(t?gmm\)")
+_ESTIMATE = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')
 _DIMS = re.compile(r"(lhs|rhs)_(contracting|batch)_dims=\{([\d,]*)\}")
 
 
@@ -24,7 +26,7 @@ class Work(NamedTuple):
     """Per device and step."""
 
     flops: float
-    """Of dense products; a multiplication and an addition each."""
+    """Of dense products, a multiplication and an addition each, and of other kernels."""
     ragged_flops: float
     """Of grouped (per-expert) products, of the rows that are there."""
     hbm_bytes: float
@@ -48,6 +50,8 @@ def count(program: Program, pairs: float | int = math.inf) -> Work:
                 flops += times * product_flops(instruction, computation)
             elif is_ragged(instruction):
                 ragged += times * ragged_flops(instruction, computation, pairs)
+            elif instruction.opcode == "custom-call":
+                flops += times * kernel_flops(instruction)
             if name not in program.fused:
                 moved += times * _moved(program, instruction, computation)
     return Work(flops, ragged, moved)
@@ -113,9 +117,10 @@ def _positions(lhs: int, rhs: int, out: int, window: Mapping[str, str]) -> int:
 
 
 def is_ragged(instruction: Instruction) -> bool:
-    """A grouped product: XLA's own, or the kernel that its TPU compiler makes of it."""
+    """A grouped product: XLA's own, the kernel its TPU compiler makes of it, or megablox's."""
     return instruction.opcode == "ragged-dot" or (
-        instruction.opcode == "custom-call" and "ragged_dot_tiling" in instruction.attributes
+        instruction.opcode == "custom-call"
+        and _GROUPED_KERNEL.search(instruction.attributes) is not None
     )
 
 
@@ -123,11 +128,19 @@ def ragged_flops(
     instruction: Instruction, computation: Computation, pairs: float | int = math.inf
 ) -> float:
     """2 M K N: every row with one matrix, or (weight gradient) every row into one matrix."""
-    rows, other = operand_shapes(instruction, computation)[-2:]
-    if instruction.opcode == "ragged-dot":
-        rows, other = operand_shapes(instruction, computation)[:2]
-    M, K = rows.dims
-    return 2.0 * min(M, pairs) * K * other.dims[-1]
+    shapes = [*operand_shapes(instruction, computation), *instruction.shapes]
+    matrices = next(shape for shape in shapes if len(shape.dims) == 3)  # [G, K, N]
+    each = 2.0 * math.prod(matrices.dims[1:])
+    if estimate := kernel_flops(instruction):
+        return min(estimate, each * pairs)
+    rows = max(shape.dims[0] for shape in shapes if len(shape.dims) == 2)
+    return each * min(rows, pairs)
+
+
+def kernel_flops(instruction: Instruction) -> float:
+    """What a Pallas kernel says of itself (``pl.CostEstimate``); 0 if it says nothing."""
+    found = _ESTIMATE.search(instruction.attributes)
+    return float(found[1]) if found else 0.0
 
 
 # --- memory ----------------------------------------------------------------------------------
