@@ -20,6 +20,7 @@ from deepseek_jax.convert.to_hf import SHARD_SIZE
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.generate import continue_text
 from deepseek_jax.model.transformer import DeepSeekV3, sharded_params
+from deepseek_jax.plan.command import PlanConfig, plan
 from deepseek_jax.presets import PRESETS, preset
 from deepseek_jax.sharding import make_mesh, sharding
 from deepseek_jax.train.pretrain import PretrainConfig, pretrain, stored_config
@@ -100,6 +101,12 @@ def _convert(
     Console().print(f"wrote {target}", markup=False, highlight=False)
 
 
+def _plan(config: Annotated[PlanConfig, tyro.conf.arg(name="")]) -> None:
+    """Compile a training or decode step for a TPU slice that need not be there; say its cost."""
+    jax.config.update("jax_platforms", "cpu")  # nothing runs: an accelerator here stays free
+    plan(config)
+
+
 def _generate(
     prompt: tyro.conf.Positional[str],
     hf: Path | None = None,
@@ -163,7 +170,7 @@ def main(args: list[str] | None = None) -> None:
 
     with _bad_input_is_a_sentence(), _REGISTRY:
         tyro.extras.subcommand_cli_from_dict(
-            {"pretrain": command, "convert": _convert, "generate": _generate},
+            {"pretrain": command, "convert": _convert, "generate": _generate, "plan": _plan},
             prog="deepseek-jax",
             description="DeepSeek-V3 and R1 in JAX.",
             args=words,

@@ -134,6 +134,13 @@ _SLICES = """
   ROOT %o = f32[32,64]{1,0} dot(%p.2, %m), lhs_contracting_dims={1}, rhs_contracting_dims={0}
 }
 
+%outer_fusion (r.0: f32[58,64,64], r.1: s32[], r.2: f32[32,64]) -> f32[32,64] {
+  %r.0 = f32[58,64,64]{2,1,0} parameter(0)
+  %r.1 = s32[] parameter(1)
+  %r.2 = f32[32,64]{1,0} parameter(2)
+  ROOT %nested = f32[32,64]{1,0} fusion(%r.0, %r.1, %r.2), kind=kLoop, calls=%slice_fusion
+}
+
 %update_fusion (q.0: f32[58,32,64], q.1: s32[], q.2: f32[32,64]) -> f32[58,32,64] {
   %q.0 = f32[58,32,64]{2,1,0} parameter(0)
   %q.1 = s32[] parameter(1)
@@ -145,14 +152,15 @@ _SLICES = """
 """
 
 
-def test_hbm_traffic_takes_slices_of_stacked_parameters_and_not_the_stack():
+@pytest.mark.parametrize("fusion", ["slice_fusion", "outer_fusion"])
+def test_hbm_traffic_takes_slices_of_stacked_parameters_and_not_the_stack(fusion):
     """One layer's matrix is read and one layer's activations are written, not 58."""
     program = _program(
         "  %w = f32[58,64,64]{2,1,0} parameter(0)\n"
         "  %i = s32[]{:S(2)} parameter(1)\n"
         "  %x = f32[32,64]{1,0} parameter(2)\n"
         "  %saved = f32[58,32,64]{2,1,0} parameter(3)\n"
-        "  %y = f32[32,64]{1,0} fusion(%w, %i, %x), kind=kOutput, calls=%slice_fusion\n"
+        f"  %y = f32[32,64]{{1,0}} fusion(%w, %i, %x), kind=kOutput, calls=%{fusion}\n"
         "  ROOT %s = f32[58,32,64]{2,1,0} fusion(%saved, %i, %y), kind=kLoop, calls=%update_fusion",
         _SLICES,
     )

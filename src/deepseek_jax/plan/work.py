@@ -165,7 +165,7 @@ def _moved(program: Program, instruction: Instruction, computation: Computation)
     if opcode.endswith("-start"):  # its result repeats the operand
         return 2.0 * sum(reads)
     if opcode == "fusion" and (inner := _inner(program, instruction)) is not None:
-        reads = [min(read, _read_inside(inner, i)) for i, read in enumerate(reads)]
+        reads = [min(read, _read_inside(program, inner, i)) for i, read in enumerate(reads)]
         writes = min(writes, _written_inside(inner, writes))
     return float(sum(reads) + writes)
 
@@ -179,7 +179,7 @@ def _inner(program: Program, fusion: Instruction) -> Computation | None:
     return program.computations.get(found[1]) if found else None
 
 
-def _read_inside(inner: Computation, index: int) -> float:
+def _read_inside(program: Program, inner: Computation, index: int) -> float:
     """How much of its input ``index`` a fusion reads: all, unless it only cuts slices from it."""
     name = next(
         (
@@ -204,6 +204,9 @@ def _read_inside(inner: Computation, index: int) -> float:
                 total += user.bytes
             elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
                 continue  # written in place
+            elif user.opcode == "fusion" and (nested := _inner(program, user)) is not None:
+                at = [i for i, operand in enumerate(user.operands) if operand == name]
+                total += sum(_read_inside(program, nested, i) for i in at)
             else:
                 return math.inf
     return total
