@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from deepseek_jax import sharding
+from deepseek_jax.cli import main
 from deepseek_jax.config import Precision
 from deepseek_jax.model.transformer import (
     DeepSeekV3,
@@ -135,7 +136,8 @@ def no_compile(monkeypatch):
     ],
 )
 def test_bad_input(no_compile, tmp_path, changes, named):
-    config = PlanConfig(**{"model": MICRO, "topology": "v5p:2x2x2", "out": tmp_path, **changes})
+    base = {"model": MICRO, "topology": "v5p:2x2x2", "mesh": "fsdp=8", "out": tmp_path}
+    config = PlanConfig(**{**base, **changes})
     with pytest.raises(UserError) as raised:
         plan(config, Console(quiet=True))
     message = str(raised.value)
@@ -143,6 +145,24 @@ def test_bad_input(no_compile, tmp_path, changes, named):
     assert message.endswith(".")
     assert "\n" not in message
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("--topology gpu:8", "GPUs cannot be compiled for"),
+        ("--topology v5p:2x2x1 --model v9", "no preset 'v9'"),
+        ("--topology v5p:2x2x1 --mesh fsdp=3", "asks for 3 devices, but there are 8"),
+    ],
+)
+def test_on_the_command_line_it_is_one_sentence_and_status_2(no_compile, capsys, words, named):
+    with pytest.raises(SystemExit) as end:
+        main(["plan", *words.split()])
+    stdout, stderr = capsys.readouterr()
+    assert end.value.code == 2
+    assert not stdout
+    assert named in stderr
+    assert stderr.count("\n") == 1
 
 
 def test_a_program_too_large_is_read_from_the_compilers_complaint():

@@ -33,7 +33,7 @@ class PlanConfig:
     model: ModelConfig = field(default_factory=lambda: preset("v3"))
     topology: str = "v5p:8x16x16"
     """The slice, as in v5p:4x4x4, v6e:16x16, v5e:8x8 or tpu7x:4x4x4."""
-    mesh: str = "fsdp=-1"
+    mesh: str = "fsdp=-1,expert=64"
     """Its devices, as in fsdp=32,expert=64; -1 fills one axis."""
     batch: int = 2048
     """Sequences per step, over all devices."""
