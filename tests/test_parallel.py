@@ -102,6 +102,16 @@ def test_eight_devices_train_as_one(mesh, parallel):
     check(V3, mesh, parallel)
 
 
+def test_interleaved_halves_train_as_one():
+    """Two rows per device, each a half."""
+    check(V3, "expert=4,tensor=2", ExpertParallel("ragged", overlap=True))
+
+
+def test_halves_need_an_even_number_of_rows():
+    with pytest.raises(UserError, match="even number of rows on every device, not 1"):
+        train(V3, "expert=8", ExpertParallel("ragged", overlap=True))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", [RAGGED, RING])
 @pytest.mark.parametrize("config", [V3, V2, V2.replace(seq_aux=False)])
@@ -190,7 +200,7 @@ def test_dispatchers_agree_with_one_device(kind, mesh_text):
 
 
 def test_a_small_buffer_means_more_rounds_and_not_fewer_tokens():
-    """All tokens to one device of eight, with room for a fraction of them at a time."""
+    """All tokens to three devices of eight, with room for a fraction of them at a time."""
     from deepseek_jax.model import dispatch
 
     seen = []
@@ -210,8 +220,8 @@ def test_a_small_buffer_means_more_rounds_and_not_fewer_tokens():
         test_dispatchers_agree_with_one_device("one device", "expert=8")
     finally:
         dispatch._all_rounds = original
-    # 48 tokens of 3 pairs; 6 tokens of 3 pairs fit at a time.
-    assert max(seen) == 8
+    # Each of the three gets 48 pairs, and the 18 of perfect balance fit at a time.
+    assert max(seen) == 3
 
 
 def test_node_limits_bound_the_receivers():

@@ -5,6 +5,7 @@ values are unfolded from the latent. *Absorbed*, for decoding: the unfolding mat
 into the query and the output, so that only the latent (R + P numbers a token) is ever read.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -48,9 +49,14 @@ def attend(
 ) -> Float[Array, "B T N O"]:
     """Causal softmax attention within segments (V3 Eq. 10); scores and softmax in float32.
 
-    Query t is position ``first + t`` of the row whose S keys are all here.
+    Query t is position ``first + t`` of the row whose S keys are all here. On NVIDIA GPUs, in
+    16-bit formats, by cuDNN.
     """
     T, S = q_BTNH.shape[1], k_BSNH.shape[1]
+    if sharding.platform() in ("gpu", "cuda") and q_BTNH.dtype.itemsize == 2:
+        own_BTS = segment_ids_BT[:, :, None] == key_segment_ids_BS[:, None, :]
+        seen_BTS = own_BTS & ((first + jnp.arange(T))[:, None] >= jnp.arange(S))
+        return _attend_cudnn(q_BTNH, k_BSNH, v_BSNO, seen_BTS, scale, is_causal=T == S)
 
     def chunk(start: jax.Array, size: int) -> jax.Array:
         q = jax.lax.dynamic_slice_in_dim(q_BTNH, start, size, axis=1)
@@ -83,6 +89,30 @@ def attend(
     return out
 
 
+def _attend_cudnn(
+    q_BTNH: jax.Array,
+    k_BSNH: jax.Array,
+    v_BSNO: jax.Array,
+    seen_BTS: jax.Array,
+    scale: float,
+    *,
+    is_causal: bool,
+) -> jax.Array:
+    """Flash attention; ``is_causal`` lets it skip what lies above the diagonal."""
+    # One width for keys and values: cuDNN takes no two, and columns of zeros change nothing.
+    H, O = q_BTNH.shape[-1], v_BSNO.shape[-1]
+    out = jax.nn.dot_product_attention(
+        q_BTNH,
+        k_BSNH,
+        jnp.pad(v_BSNO, ((0, 0), (0, 0), (0, 0), (0, H - O))),
+        mask=seen_BTS[:, None],
+        scale=scale,
+        is_causal=is_causal,
+        implementation="cudnn",
+    )
+    return out[..., :O]
+
+
 def attend_latent(
     q_nope_BTNR: Float[Array, "B T N R"],
     q_pe_BTNP: Float[Array, "B T N P"],
@@ -104,74 +134,83 @@ def attend_latent(
     return jnp.einsum("bnts,bsr->btnr", probs.astype(c_kv.dtype), c_kv)
 
 
+# (x, positions, cache, first) -> (out, cache)
+Attention = Callable[..., tuple[jax.Array, LayerCache | None]]
+
+
 class MLA(ParamModule):
     """Multi-head Latent Attention; parameter names are those of DeepSeek's inference code."""
 
     @nn.compact
-    def __call__(
-        self,
-        x_BTD: Float[Array, "B T D"],
-        positions: Positions,
-        cache: LayerCache | None = None,
-        first_B: Int[Array, "B"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        """Expanded over the row itself, or absorbed over ``cache``, to which the row is added."""
+    def __call__(self) -> Attention:
+        """The layer as a function.
+
+        Expanded over the row itself, or absorbed over a cache, to which the row is added.
+        """
         c, precision = self.config, self.precision
         N, C, O = c.num_attention_heads, c.qk_nope_head_dim, c.v_head_dim
         D, R, P = c.hidden_size, c.kv_lora_rank, c.qk_rope_head_dim
-
-        q_BTNH = self._queries(x_BTD)
-        q_pe_BTNP = apply_rope(q_BTNH[..., C:], positions.cos_BTp, positions.sin_BTp)
-
-        wkv_a_DX = self.weight("wkv_a", (D, R + P), ("embed", "latent_out"))  # Eqs. 1 and 3
-        latent = checkpoint_name(dot("btd,dx->btx", x_BTD, wkv_a_DX, precision), "mla_latent")
-        # Only c_kv is normalised; k_pe is shared by all heads.
-        c_kv_BTR = rms_norm(latent[..., :R], self.scale("kv_norm", R), LATENT_NORM_EPS)
-        k_pe_BTNP = apply_rope(latent[:, :, None, R:], positions.cos_BTp, positions.sin_BTp)
-
+        queries = self._queries()
+        wkv_a_DX = self.weight("wkv_a", (D, R + P), ("embed", "latent_out"))
+        kv_norm_R = self.scale("kv_norm", R)
         wkv_b_RNX = self.weight("wkv_b", (R, N, C + O), ("latent_in", "heads", "head_dim"))
         wo_NOD = self.weight("wo", (N, O, D), ("heads", "head_dim", "embed"))
-        if cache is None:
-            # Over several devices per row the latents are gathered, not the heads: R + P numbers
-            # a token instead of N (H + O).
-            c_kv = sharding.all_gather(c_kv_BTR, "sequence", 1)
-            k_pe = sharding.all_gather(k_pe_BTNP, "sequence", 1)
-            key_segments = sharding.all_gather(positions.segment_ids_BT, "sequence", 1)
-            kv_BSNX = dot("bsr,rnx->bsnx", c_kv, wkv_b_RNX, precision)  # Eqs. 2 and 5
-            k_pe = jnp.broadcast_to(k_pe, (*kv_BSNX.shape[:3], P))
-            q = jnp.concatenate([q_BTNH[..., :C], q_pe_BTNP], axis=-1)
-            k = jnp.concatenate([kv_BSNX[..., :C], k_pe], axis=-1)
-            first = sharding.part_index("sequence") * x_BTD.shape[1]
-            out = attend(
-                q,
-                k,
-                kv_BSNX[..., C:],
-                positions.segment_ids_BT,
-                key_segments,
-                first,
-                c.softmax_scale,
-            )
-        else:
-            assert first_B is not None
-            cache = write_cache(cache, c_kv_BTR, k_pe_BTNP[:, :, 0], first_B)
-            q_nope = dot("btnc,rnc->btnr", q_BTNH[..., :C], wkv_b_RNX[..., :C], precision)
-            out = attend_latent(q_nope, q_pe_BTNP, cache, first_B, c.softmax_scale)
-            out = dot("btnr,rno->btno", out, wkv_b_RNX[..., C:], precision)
-        out = checkpoint_name(out, "mla_heads")
-        out = dot("btno,nod->btd", out, wo_NOD, precision)  # Eq. 11
-        return sharding.psum(out, "heads"), cache
 
-    def _queries(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T N H"]:
+        def attention(
+            x_BTD: Float[Array, "B T D"],
+            positions: Positions,
+            cache: LayerCache | None = None,
+            first_B: Int[Array, "B"] | None = None,
+        ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+            q_BTNH = queries(x_BTD)
+            q_pe_BTNP = apply_rope(q_BTNH[..., C:], positions.cos_BTp, positions.sin_BTp)
+            latent = dot("btd,dx->btx", x_BTD, wkv_a_DX, precision)  # Eqs. 1 and 3
+            latent = checkpoint_name(latent, "mla_latent")
+            # Only c_kv is normalised; k_pe is shared by all heads.
+            c_kv_BTR = rms_norm(latent[..., :R], kv_norm_R, LATENT_NORM_EPS)
+            k_pe_BTNP = apply_rope(latent[:, :, None, R:], positions.cos_BTp, positions.sin_BTp)
+            if cache is None:
+                # Over several devices per row the latents are gathered, not the heads: R + P
+                # numbers a token instead of N (H + O).
+                c_kv = sharding.all_gather(c_kv_BTR, "sequence", 1)
+                k_pe = sharding.all_gather(k_pe_BTNP, "sequence", 1)
+                key_segments = sharding.all_gather(positions.segment_ids_BT, "sequence", 1)
+                kv_BSNX = dot("bsr,rnx->bsnx", c_kv, wkv_b_RNX, precision)  # Eqs. 2 and 5
+                k_pe = jnp.broadcast_to(k_pe, (*kv_BSNX.shape[:3], P))
+                q = jnp.concatenate([q_BTNH[..., :C], q_pe_BTNP], axis=-1)
+                k = jnp.concatenate([kv_BSNX[..., :C], k_pe], axis=-1)
+                first = sharding.part_index("sequence") * x_BTD.shape[1]
+                segments = (positions.segment_ids_BT, key_segments)
+                out = attend(q, k, kv_BSNX[..., C:], *segments, first, c.softmax_scale)
+            else:
+                assert first_B is not None
+                cache = write_cache(cache, c_kv_BTR, k_pe_BTNP[:, :, 0], first_B)
+                q_nope = dot("btnc,rnc->btnr", q_BTNH[..., :C], wkv_b_RNX[..., :C], precision)
+                out = attend_latent(q_nope, q_pe_BTNP, cache, first_B, c.softmax_scale)
+                out = dot("btnr,rno->btno", out, wkv_b_RNX[..., C:], precision)
+            out = checkpoint_name(out, "mla_heads")
+            out = dot("btno,nod->btd", out, wo_NOD, precision)  # Eq. 11
+            return sharding.psum(out, "heads"), cache
+
+        return attention
+
+    def _queries(self) -> Callable[[jax.Array], jax.Array]:
+        """``x_BTD -> q_BTNH`` (Eqs. 6-8), or straight where there is no ``q_lora_rank``."""
         c = self.config
         D, Q, N, H = c.hidden_size, c.q_lora_rank, c.num_attention_heads, c.qk_head_dim
         if Q is None:
             wq_DNH = self.weight("wq", (D, N, H), ("embed", "heads", "head_dim"))
-            return dot("btd,dnh->btnh", x_BTD, wq_DNH, self.precision)
+            return lambda x_BTD: dot("btd,dnh->btnh", x_BTD, wq_DNH, self.precision)
         wq_a_DQ = self.weight("wq_a", (D, Q), ("embed", "latent_out"))
+        q_norm_Q = self.scale("q_norm", Q)
         wq_b_QNH = self.weight("wq_b", (Q, N, H), ("latent_in", "heads", "head_dim"))
-        c_q = checkpoint_name(dot("btd,dq->btq", x_BTD, wq_a_DQ, self.precision), "mla_latent")
-        c_q = rms_norm(c_q, self.scale("q_norm", Q), LATENT_NORM_EPS)
-        return dot("btq,qnh->btnh", c_q, wq_b_QNH, self.precision)  # Eqs. 6-8
+
+        def queries(x_BTD: jax.Array) -> jax.Array:
+            c_q = checkpoint_name(dot("btd,dq->btq", x_BTD, wq_a_DQ, self.precision), "mla_latent")
+            c_q = rms_norm(c_q, q_norm_Q, LATENT_NORM_EPS)
+            return dot("btq,qnh->btnh", c_q, wq_b_QNH, self.precision)
+
+        return queries
 
 
 def write_cache(

@@ -44,6 +44,9 @@ class ExpertParallel:
     """auto: ragged on TPU and GPU, ring on CPU, which has no ragged all-to-all."""
     receive_factor: float = 1.5
     """Size of ragged's receive buffer, in expert inputs per device under perfect balance."""
+    overlap: bool = False
+    """Compute each layer on two halves of a device's rows, so that one half's tokens travel
+    while the other half is computed. Needs an even number of rows per device."""
 
     def __post_init__(self) -> None:
         """Refuse a buffer that perfect balance would not fit in."""

@@ -1,5 +1,6 @@
 """What every block is made of: matmul with the precision policy, RMSNorm, SwiGLU, parameters."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -66,7 +67,11 @@ class LogicalAxes(nn.Partitioned):
 
 
 class ParamModule(nn.Module):
-    """A module that only declares parameters: shape, logical axes and initial value in one line."""
+    """A module that only declares parameters: shape, logical axes and initial value in one line.
+
+    A layer, called, declares its parameters and returns its function: the weights are gathered
+    once, however many parts of the batch the function is then applied to.
+    """
 
     config: ModelConfig
     precision: Precision
@@ -112,13 +117,17 @@ class FeedForward(ParamModule):
     width: int = 0
 
     @nn.compact
-    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Apply the FFN to every position."""
+    def __call__(self) -> Callable[[jax.Array], jax.Array]:
+        """The FFN as a function of ``x_BTD``, applied to every position."""
         D, F = self.config.hidden_size, self.width
         w1_DF = self.weight("w1", (D, F), ("embed", "mlp"))
         w3_DF = self.weight("w3", (D, F), ("embed", "mlp"))
         w2_FD = self.weight("w2", (F, D), ("mlp", "embed"))
-        gate = checkpoint_name(dot("btd,df->btf", x_BTD, w1_DF, self.precision), "ffn_gate")
-        up = checkpoint_name(dot("btd,df->btf", x_BTD, w3_DF, self.precision), "ffn_up")
-        out = dot("btf,fd->btd", swiglu(gate, up, self.precision), w2_FD, self.precision)
-        return sharding.psum(out, "mlp")
+
+        def ffn(x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+            gate = checkpoint_name(dot("btd,df->btf", x_BTD, w1_DF, self.precision), "ffn_gate")
+            up = checkpoint_name(dot("btd,df->btf", x_BTD, w3_DF, self.precision), "ffn_up")
+            out = dot("btf,fd->btd", swiglu(gate, up, self.precision), w2_FD, self.precision)
+            return sharding.psum(out, "mlp")
+
+        return ffn

@@ -1,5 +1,6 @@
 """DeepSeekMoE: routing (V3 section 2.1.2; V2 section 2.2), balance losses, dropless dispatch."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -159,31 +160,42 @@ class MoE(ParamModule):
     parallel: ExpertParallel = ExpertParallel()
 
     @nn.compact
-    def __call__(
-        self, x_BTD: Float[Array, "B T D"], bias_E: Float[Array, "E"], valid_BT: Bool[Array, "B T"]
-    ) -> tuple[Float[Array, "B T D"], Balance]:
-        """Output of the layer, and the loads and losses that balance it."""
+    def __call__(self) -> Callable[[jax.Array, jax.Array], tuple[jax.Array, Routing]]:
+        """The layer as a function of ``x_BTD`` and ``bias_E``: its output, and its decisions."""
         c = self.config
-        D, F, E = c.hidden_size, c.moe_intermediate_size, c.n_routed_experts
+        D, F, E, K = (
+            c.hidden_size,
+            c.moe_intermediate_size,
+            c.n_routed_experts,
+            c.num_experts_per_tok,
+        )
         # V3 section 3.3.1 and Hugging Face: the gate is computed in float32 throughout.
         gate_DE = self.weight("gate", (D, E), ("embed", None), jnp.float32)
-        logits_BTE = jnp.einsum("btd,de->bte", x_BTD.astype(jnp.float32), gate_DE)
-        routing = route(logits_BTE, bias_E, c)
         weights = ExpertWeights(
             self.weight("w1", (E, D, F), ("expert", "embed", "expert_mlp")),
             self.weight("w3", (E, D, F), ("expert", "embed", "expert_mlp")),
             self.weight("w2", (E, F, D), ("expert", "expert_mlp_in", None)),
         )
-        out_BTD = routed_experts(
-            x_BTD.reshape(-1, D),
-            routing.experts_BTK.reshape(-1, c.num_experts_per_tok),
-            routing.weights_BTK.reshape(-1, c.num_experts_per_tok),
-            weights,
-            self.precision,
-            self.parallel,
-            groups=(c.n_group, c.topk_group),
-        ).reshape(x_BTD.shape)
+        shared = None
         if c.n_shared_experts:
             width = c.n_shared_experts * F
-            out_BTD += FeedForward(c, self.precision, width=width, name="shared_experts")(x_BTD)
-        return out_BTD, balance(routing, valid_BT, c)
+            shared = FeedForward(c, self.precision, width=width, name="shared_experts")()
+
+        def moe(
+            x_BTD: Float[Array, "B T D"], bias_E: Float[Array, "E"]
+        ) -> tuple[Float[Array, "B T D"], Routing]:
+            logits_BTE = jnp.einsum("btd,de->bte", x_BTD.astype(jnp.float32), gate_DE)
+            routing = route(logits_BTE, bias_E, c)
+            out_MD = routed_experts(
+                x_BTD.reshape(-1, D),
+                routing.experts_BTK.reshape(-1, K),
+                routing.weights_BTK.reshape(-1, K),
+                weights,
+                self.precision,
+                self.parallel,
+                groups=(c.n_group, c.topk_group),
+            )
+            out_BTD = out_MD.reshape(x_BTD.shape)
+            return (out_BTD if shared is None else out_BTD + shared(x_BTD)), routing
+
+        return moe

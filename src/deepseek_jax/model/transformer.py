@@ -20,10 +20,10 @@ from deepseek_jax.model.layers import (
     ParamModule,
     rms_norm,
 )
-from deepseek_jax.model.moe import Balance, MoE
+from deepseek_jax.model.moe import Balance, MoE, balance
 from deepseek_jax.model.mtp import MTPModule, shift_left
 from deepseek_jax.model.rope import rope_tables
-from deepseek_jax.types import KVCache, Params
+from deepseek_jax.types import KVCache, Params, UserError
 
 # What the "selective" policy keeps for the backward pass: outputs of the expensive matmuls.
 # RMSNorm, the MLA up-projections, the router and SwiGLU are computed again (V3 section 3.2.3).
@@ -68,18 +68,53 @@ class Block(ParamModule):
     ) -> tuple[Float[Array, "B T D"], tuple[LayerCache | None, Balance | None]]:
         """``per_layer`` is this layer's router bias and cache; both may be absent."""
         c, precision = self.config, self.precision
+        D, eps = c.hidden_size, c.rms_norm_eps
         bias_E, cache = per_layer
-        normed = rms_norm(x_BTD, self.scale("attn_norm", c.hidden_size), c.rms_norm_eps)
-        attended, cache = MLA(c, precision, name="attn")(normed, positions, cache, first_B)
-        x_BTD = x_BTD + attended
-        normed = rms_norm(x_BTD, self.scale("ffn_norm", c.hidden_size), c.rms_norm_eps)
-        if not self.use_moe:
-            ffn = FeedForward(c, precision, width=c.intermediate_size, name="ffn")
-            return x_BTD + ffn(normed), (cache, None)
-        assert bias_E is not None
-        valid_BT = positions.segment_ids_BT > 0
-        out, balance = MoE(c, precision, self.parallel, name="moe")(normed, bias_E, valid_BT)
-        return x_BTD + out, (cache, balance)
+        attention = MLA(c, precision, name="attn")()
+        attn_norm_D, ffn_norm_D = self.scale("attn_norm", D), self.scale("ffn_norm", D)
+        if self.use_moe:
+            assert bias_E is not None
+            moe = MoE(c, precision, self.parallel, name="moe")()
+            ffn = lambda x_BTD: moe(x_BTD, bias_E)  # noqa: E731
+        else:
+            dense = FeedForward(c, precision, width=c.intermediate_size, name="ffn")()
+            ffn = lambda x_BTD: (dense(x_BTD), None)  # noqa: E731
+
+        def layer(x_BTD, positions, cache):
+            normed = rms_norm(x_BTD, attn_norm_D, eps)
+            attended, cache = attention(normed, positions, cache, first_B)
+            x_BTD = x_BTD + attended
+            out, routing = ffn(rms_norm(x_BTD, ffn_norm_D, eps))
+            return x_BTD + out, routing, cache
+
+        travels = self.use_moe and cache is None and sharding.parts("expert") > 1
+        if travels and self.parallel.overlap:
+            x_BTD, routing = _interleaved(layer, x_BTD, positions)
+        else:
+            x_BTD, routing, cache = layer(x_BTD, positions, cache)
+        if routing is None:
+            return x_BTD, (cache, None)
+        return x_BTD, (cache, balance(routing, positions.segment_ids_BT > 0, c))
+
+
+def _interleaved(layer: Any, x_BTD: jax.Array, positions: Positions) -> tuple[jax.Array, Any]:
+    """The layer on two halves of this device's rows, neither of which waits for the other.
+
+    So one half's tokens can travel while the other half computes (V3 sections 3.2.1 and 3.4.2):
+    the compiler's scheduler places the transfers, since nothing orders them.
+    """
+    B = len(x_BTD)
+    if B % 2:
+        raise UserError(
+            f"overlap needs an even number of rows on every device, not {B}; change the "
+            "micro-batch or set overlap to False."
+        )
+    halves = [
+        jax.tree.map(lambda a, i=i: a[i : i + B // 2], (x_BTD, positions)) for i in (0, B // 2)
+    ]
+    outs, routings, _ = zip(*(layer(*half, None) for half in halves), strict=True)
+    joined = jax.tree.map(lambda *parts: jnp.concatenate(parts), *routings)
+    return jnp.concatenate(outs), joined
 
 
 def _all_but_gathered(primitive: Any, *_: Any, **params: Any) -> bool:

@@ -190,7 +190,7 @@ def pretrain_loss(
         targets.append(targets_BT)
         masks.append(mask_BT)
     share = 1 / jnp.maximum(totals.weight, 1)
-    factors = [share] + [mtp_weight / depths * share] * depths
+    factors = [share, *(mtp_weight / depths * share for _ in range(depths))]
     states = jnp.stack((hidden.main_BTD, *hidden.mtp_BTD))
     nats, each = cross_entropy(
         states.reshape(-1, states.shape[-1]),
