@@ -33,8 +33,7 @@ _ROWS = 64
 _PART = (_WARPGROUPS * _ROWS, 128)  # of a tile: what is multiplied at a time
 _TALL_FROM = 1024  # rows per group, on average, from which FP8 tiles are tall
 _ALIGNMENT = 8  # rows
-_STORE_COLUMNS = 64  # 128 bytes of bfloat16: one swizzle, and the alignment TMA asks of a row
-_EDGE_COLUMNS = 32  # stored at a time where a tile is not whole: shared memory is full
+_STORE_COLUMNS = 64  # 128 bytes of bfloat16: the alignment that TMA asks of a row stored by itself
 _STEP_BYTES = 128  # of K in a stage: 64 bfloat16 or 128 E4M3
 _STAGES = 4
 _CHUNK = 16  # wide tiles of M that share the columns of a weight before the next columns' turn
@@ -166,6 +165,11 @@ class _Kernel:
         return self.dtype.itemsize == 1
 
     @property
+    def staged_columns(self) -> int:
+        """Columns of a whole part on its way out; the scales of a tall tile leave no more room."""
+        return _STORE_COLUMNS // 2 if self.tall else _STORE_COLUMNS
+
+    @property
     def k_tile(self) -> int:
         return _STEP_BYTES // self.dtype.itemsize
 
@@ -179,11 +183,14 @@ class _Kernel:
 
     def call(self, interpret: bool):
         operand = (plgpu.TilingTransform((8, self.k_tile)), plgpu.SwizzleTransform(128))
-        result = (plgpu.TilingTransform((8, _STORE_COLUMNS)), plgpu.SwizzleTransform(128))
+        result = (
+            plgpu.TilingTransform((8, self.staged_columns)),
+            plgpu.SwizzleTransform(2 * self.staged_columns),
+        )
         columns = (_PART[1], self.k_tile) if self.transpose_w else (self.k_tile, _PART[1])
         a_parts, b_parts = (2, 1) if self.tall else (1, 2)
-        staged = (_WARPGROUPS, _ROWS, _STORE_COLUMNS)
-        edge = (_WARPGROUPS, _ROWS, _EDGE_COLUMNS)
+        edge = (_WARPGROUPS, _ROWS, _STORE_COLUMNS)
+        staged = (_WARPGROUPS, _ROWS, self.staged_columns)
         scratch = dict(
             a_smem=plgpu.SMEM(
                 (_STAGES, a_parts, _PART[0], self.k_tile), self.dtype, transforms=operand
@@ -376,37 +383,40 @@ class _Kernel:
                 start = chunk * _STORE_COLUMNS
                 values = total[:, start : start + _STORE_COLUMNS].astype(jnp.bfloat16)
                 columns = pl.ds(n_tile * self.tile[1] + column + start, _STORE_COLUMNS)
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
                 @pl.when(whole)
                 def _(values=values, columns=columns, own=own):
-                    staged = refs["out_smem"].at[warpgroup]
-                    staged[...] = values
-                    plgpu.commit_smem()
-                    plgpu.copy_smem_to_gmem(staged, out.at[pl.ds(own, _ROWS), columns])
+                    self.store_whole(warpgroup, own, columns, values, out, refs)
 
                 @pl.when(jnp.logical_not(whole))
                 def _(values=values, columns=columns, own=own):
                     self.store_rows(warpgroup, own, low, high, columns, values, out, refs)
 
+    def store_whole(self, warpgroup, own, columns, values, out, refs):
+        """Store 64 rows, of which the first is ``own``."""
+        staged, width = refs["out_smem"].at[warpgroup], self.staged_columns
+        for start in range(0, _STORE_COLUMNS, width):
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            staged[...] = values[:, start : start + width]
+            plgpu.commit_smem()
+            target = out.at[pl.ds(own, _ROWS), pl.ds(columns.start + start, width)]
+            plgpu.copy_smem_to_gmem(staged, target)
+
     def store_rows(self, warpgroup, own, low, high, columns, values, out, refs):
         """Store those of 64 rows, of which the first is ``own``, that lie in [low, high)."""
         staged = refs["edge_smem"].at[warpgroup]
-        for piece in range(_STORE_COLUMNS // _EDGE_COLUMNS):
-            first = piece * _EDGE_COLUMNS
-            wanted = pl.ds(columns.start + first, _EDGE_COLUMNS)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            staged[...] = values[:, first : first + _EDGE_COLUMNS]
-            plgpu.commit_smem()
-            # The size of a copy is fixed, so any number of rows is a sum of powers of two.
-            start = lax.clamp(jnp.int32(0), low - own, jnp.int32(_ROWS))
-            end = lax.clamp(jnp.int32(0), high - own, jnp.int32(_ROWS))
-            rows = lax.max(end - start, jnp.int32(0))
-            for bit in (32, 16, 8, 4, 2, 1):
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        staged[...] = values
+        plgpu.commit_smem()
+        # The size of a copy is fixed, so any number of rows is a sum of powers of two.
+        start = lax.clamp(jnp.int32(0), low - own, jnp.int32(_ROWS))
+        end = lax.clamp(jnp.int32(0), high - own, jnp.int32(_ROWS))
+        rows = lax.max(end - start, jnp.int32(0))
+        for bit in (32, 16, 8, 4, 2, 1):
 
-                @pl.when(rows & bit != 0)
-                def _(bit=bit, start=start, wanted=wanted):
-                    source = staged.at[pl.ds(start, bit)]
-                    plgpu.copy_smem_to_gmem(source, out.at[pl.ds(own + start, bit), wanted])
+            @pl.when(rows & bit != 0)
+            def _(bit=bit, start=start):
+                source = staged.at[pl.ds(start, bit)]
+                plgpu.copy_smem_to_gmem(source, out.at[pl.ds(own + start, bit), columns])
 
-                start = start + (rows & bit)
+            start = start + (rows & bit)
