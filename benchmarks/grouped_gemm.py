@@ -32,6 +32,7 @@ from pallas_kernels.linear import fp8_grouped_linear
 CASES = [(groups, 32768, k, n) for k, n in [(7168, 4096), (2048, 7168)] for groups in (8, 32, 64)]
 CASES += [(64, 32768, 2048, 2816), (64, 32768, 2048, 1408), (64, 32768, 1408, 2048)]
 SECONDS_PER_ROW = 90
+_ONLY = [""]  # a row is timed if its label has one of these in it
 LARGEST_ERROR = 3e-3  # rounding to BF16 alone gives 1.7e-3
 
 
@@ -99,6 +100,8 @@ def _wgrad(x, w, group_sizes, dy):
 
 def _row(label, flops, multiply, inputs, error=None):
     """Check, time and print one way of multiplying; an error is a row too."""
+    if not any(part in label for part in _ONLY):
+        return
     try:
         with deadline(SECONDS_PER_ROW):
             note = ""
@@ -202,6 +205,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--skew", type=float, default=0.5, help="spread of log group sizes")
     parser.add_argument("--no-ragged-dot", action="store_true", help="it takes most of the time")
+    parser.add_argument("--only", action="append", help="time rows with this in the label only")
     parser.add_argument(
         "--case",
         nargs=4,
@@ -211,6 +215,7 @@ def main():
         help="repeatable",
     )
     arguments = parser.parse_args()
+    _ONLY[:] = arguments.only or _ONLY
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}")
     for groups, rows, k, n in arguments.case or CASES:
         measure(groups, rows, k, n, arguments.skew, not arguments.no_ragged_dot)

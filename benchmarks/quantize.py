@@ -5,6 +5,7 @@
 Bytes are those that must move: the inputs once, the values and scales once.
 """
 
+import argparse
 import functools
 
 import jax
@@ -36,6 +37,9 @@ def _row(label, f, inputs, copy_rate=None):
 
 def main():
     """Print a table for each shape."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--no-xla", action="store_true", help="time the kernels only")
+    arguments = parser.parse_args()
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}")
     for shape in SHAPES:
         print(f"\n{shape}, bfloat16")
@@ -49,6 +53,8 @@ def main():
         )
         grouped = [(*x, tiles) for x in inputs]
         for impl, name in (("hopper", "kernel"), ("reference", "XLA")):
+            if arguments.no_xla and impl == "reference":
+                continue
             of_impl = functools.partial(functools.partial, impl=impl)
             rows = of_impl(quantize.quantize_tiles)
             _row(f"rows, {name}", rows, inputs, copy_rate)

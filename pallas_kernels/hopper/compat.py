@@ -5,6 +5,8 @@ Pallas' GPU interface is experimental and moves; every version switch of this pa
 
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm
 
 from pallas_kernels import backend
 
@@ -52,6 +54,23 @@ def kernel(body, *, interpret: bool, **kwargs):
         return jax.tree.unflatten(tree, results)
 
     return varying
+
+
+def use_zero():
+    """Use a zero in a register, for nothing: an instruction of no effect and no length.
+
+    It has ptxas see that the accumulator of a product before it starts at zero. LLVM puts all
+    zeros of a loop into one register; if its last use is the accumulator, it becomes part of that,
+    and ptxas, which then cannot tell that it is a constant, clears 64 registers one by one.
+    """
+
+    @plgpu.inline_mgpu()
+    def nothing(_):
+        i32 = ir.IntegerType.get_signless(32)
+        zero = llvm.ConstantOp(i32, ir.IntegerAttr.get(i32, 0))
+        llvm.inline_asm(None, [zero.result], "// $0", "r", has_side_effects=True)
+
+    nothing()
 
 
 def load(ref, layout):

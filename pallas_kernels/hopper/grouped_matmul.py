@@ -94,12 +94,12 @@ def grouped_matmul(
     (m, k), n = x_MK.shape, w.shape[1 if transpose_w else 2]
     if k % 64 or n % 64:
         raise ValueError(f"K and N must be multiples of 64, not {k} and {n}")
-    kernel = _Kernel(_aligned(m), _wide(n), k, jnp.dtype(x_MK.dtype), transpose_w, tall=False)
+    kernel = _Kernel(_aligned(m), _wide(n), k, jnp.dtype(x_MK.dtype), transpose_w, False, interpret)
     x_MK = jnp.pad(x_MK, ((0, kernel.m - m), (0, 0)))
     columns = (0, kernel.n - n)
     w = jnp.pad(w, ((0, 0), columns, (0, 0)) if transpose_w else ((0, 0), (0, 0), columns))
     tiles = row_tiles(group_sizes, kernel.m, kernel.tile[0])
-    return kernel.call(interpret)(*tiles, x_MK, w)[:m, :n]
+    return kernel.call()(*tiles, x_MK, w)[:m, :n]
 
 
 def fp8_grouped_matmul(
@@ -127,12 +127,12 @@ def fp8_grouped_matmul(
         raise ValueError(f"K must be a multiple of 128 and N of 64, not {k} and {n}")
     if tall is None:
         tall = m >= _TALL_FROM * len(group_sizes)
-    kernel = _Kernel(_aligned(m), _wide(n), k, jnp.dtype(a.values.dtype), True, tall)
+    kernel = _Kernel(_aligned(m), _wide(n), k, jnp.dtype(a.values.dtype), True, tall, interpret)
     a_values = jnp.pad(a.values, ((0, kernel.m - m), (0, 0)))
     a_scale = jnp.pad(a.scale, ((0, 0), (0, kernel.m - m)))
     b_values = jnp.pad(b.values, ((0, 0), (0, kernel.n - n), (0, 0)))
     tiles = row_tiles(group_sizes, kernel.m, kernel.tile[0])
-    return kernel.call(interpret)(*tiles, a_values, b_values, a_scale, b.scale)[:m, :n]
+    return kernel.call()(*tiles, a_values, b_values, a_scale, b.scale)[:m, :n]
 
 
 def _aligned(rows: int) -> int:
@@ -154,6 +154,7 @@ class _Kernel:
     dtype: jnp.dtype
     transpose_w: bool
     tall: bool
+    interpret: bool
 
     @property
     def tile(self) -> tuple[int, int]:
@@ -181,7 +182,7 @@ class _Kernel:
     def n_tiles(self) -> int:
         return pl.cdiv(self.n, self.tile[1])
 
-    def call(self, interpret: bool):
+    def call(self):
         operand = (plgpu.TilingTransform((8, self.k_tile)), plgpu.SwizzleTransform(128))
         result = (
             plgpu.TilingTransform((8, self.staged_columns)),
@@ -229,9 +230,9 @@ class _Kernel:
 
         return compat.kernel(
             body,
-            interpret=interpret,
+            interpret=self.interpret,
             out_type=jax.ShapeDtypeStruct((self.m, self.n), jnp.bfloat16),
-            grid=(1 if interpret else compat.multiprocessors(),),
+            grid=(1 if self.interpret else compat.multiprocessors(),),
             grid_names=("sm",),
             num_threads=_WARPGROUPS + 1,
             thread_name="warpgroup",
@@ -365,6 +366,8 @@ class _Kernel:
                 partial = pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
                 if part == 1:
                     plgpu.barrier_arrive(refs["empty"].at[slot])
+                    if not self.interpret:
+                        compat.use_zero()
                 new_totals.append(total + partial * scale_part)
             return Ring(_STAGES).next_slot(slot), next_scales_b, tuple(new_totals)
 

@@ -9,6 +9,7 @@ Bound by device memory: a BF16 element moves 2 bytes in and 2 out, or 4 in and 2
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -99,23 +100,21 @@ def _body(count, first, low, high, *refs, inputs, by_row, by_column, power_of_tw
         own = low[tile] - first_row, high[tile] - first_row
         columns = pl.ds(k_tile * TILE, TILE)
         whole = pl.ds(first_row, TILE)
-        for part in range(TILE // _ROWS):
-            rows = pl.ds(first_row + part * _ROWS, _ROWS)
+        some = _ROWS // inputs  # two inputs take twice the registers
+        for part in range(TILE // some):
+            within = pl.ds(part * some, some)
+            rows = pl.ds(first_row + part * some, some)
             layout = tile_layout(2)
-            h = compat.load(x[0].at[rows, columns], layout).astype(jnp.float32)
-            if inputs == 2:
-                up = compat.load(x[1].at[rows, columns], layout).astype(jnp.float32)
-                h = h / (1.0 + jnp.exp(-h)) * up
-                h = h.astype(jnp.bfloat16).astype(jnp.float32)
+            loaded = [compat.load(ref.at[rows, columns], layout) for ref in x]
+            h = _swiglu(*loaded) if inputs == 2 else loaded[0]
             if by_column:
-                row = plgpu.broadcasted_iota(jnp.int32, h.shape, 0, layout=layout)
-                row = row + part * _ROWS
+                row = plgpu.broadcasted_iota(jnp.int32, h.shape, 0, layout=layout) + part * some
                 inside = (row >= own[0]) & (row < own[1])
-                masked = jnp.where(inside, h, 0.0)
-                scratch["block"][pl.ds(part * _ROWS, _ROWS)] = masked.astype(jnp.bfloat16)
+                scratch["block"][within] = jnp.where(inside, h, jnp.bfloat16(0))
             if by_row:
+                h = h.astype(jnp.float32)
                 scale = scales_of(jnp.max(jnp.abs(h), axis=1), power_of_two=power_of_two)
-                scratch["rows_scale"][pl.ds(part * _ROWS, _ROWS)] = scale
+                scratch["rows_scale"][within] = scale
                 q = h * lax.broadcast_in_dim(1.0 / scale, h.shape, (0,))
                 outs[0][rows, columns] = q.astype(E4M3)
         if by_row:
@@ -139,6 +138,13 @@ def _body(count, first, low, high, *refs, inputs, by_row, by_column, power_of_tw
             )
             plgpu.copy_smem_to_gmem(scratch["columns_scale"], scales.at[tile, columns])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def _swiglu(gate, up):
+    """As `reference.swiglu`, with a power of two and a reciprocal for exp and the quotient."""
+    gate, up = gate.astype(jnp.float32), up.astype(jnp.float32)
+    exp = jnp.exp2(gate * -math.log2(math.e))
+    return (gate * (1.0 / (1.0 + exp)) * up).astype(jnp.bfloat16)
 
 
 def quantize_blocks_both(
@@ -193,7 +199,8 @@ def _blocks_body(w, values, transposed, scales, block, staged, maxima, *, power_
         maxima[pl.ds(part * _ROWS, _ROWS)] = jnp.max(jnp.abs(h.astype(jnp.float32)), axis=1)
         halves.append(h)
     plgpu.commit_smem()
-    scale = scales_of(jnp.max(maxima[...]), power_of_two=power_of_two)
+    # The scale of the largest is the largest scale; a scale by itself cannot be rounded (bitcast).
+    scale = jnp.max(scales_of(maxima[...], power_of_two=power_of_two))
     inverse = 1.0 / scale
     scales[group, r_tile, k_tile] = scale
     for part, h in enumerate(halves):
