@@ -9,6 +9,13 @@ _FLAG = "--xla_force_host_platform_device_count"
 if _FLAG not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}=8"
 
+import pytest  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
 install_import_hook(["deepseek_jax", "pallas_kernels"], "beartype.beartype")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_trace_at_home(tmp_path_factory):
+    """Compiled programs are kept in the user's cache by default."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))

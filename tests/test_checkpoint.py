@@ -113,7 +113,7 @@ def test_what_comes_back_is_what_was_saved_bit_for_bit(
         checkpointer.wait()
         back = checkpointer.restore_latest(abstract(state))
     assert back is not None
-    assert (back.step, back.data_state, back.extra) == (7, data_state, extra)
+    assert (back.step, back.data_states, back.extra) == (7, [data_state], extra)
     assert_same_bits(back.state, state)
     assert back.rng.dtype == rng.dtype
     assert (jax.random.bits(back.rng) == jax.random.bits(rng)).all()
@@ -363,7 +363,7 @@ def test_kill_9_at_any_moment_leaves_a_usable_checkpoint(tmp_path):
         assert back is not None
         assert back.step >= newest
         assert not list(tmp_path.glob("damaged*"))  # never visible and yet incomplete
-        assert back.data_state == b"%d" % back.step
+        assert back.data_states == [b"%d" % back.step]
         assert all((back.state.params[f"w{i}"] == back.step + i).all() for i in range(4))
         assert all((back.state.opt_state[0][f"w{i}"] == back.step + i).all() for i in range(4))
         newest = back.step
@@ -401,16 +401,17 @@ def test_another_dtype_optimizer_or_tree_is_named(tmp_path):
         restore(tmp_path, state._replace(params=more))
 
 
-def test_another_number_of_processes_is_named(tmp_path, monkeypatch):
-    run_with(tmp_path, 1)
+def test_states_of_all_processes_that_saved_come_back(tmp_path, monkeypatch):
     from deepseek_jax.checkpoint import checkpointer as module
 
-    host = module._read_host(tmp_path / "checkpoints/1")
-    monkeypatch.setattr(
-        module, "_read_host", lambda folder: host | {"data_state": host["data_state"] * 4}
-    )
-    with pytest.raises(UserError, match=r"saved by 4 processes.* resume it with 4 instead of 1"):
-        restore(tmp_path)
+    shares = [b'{"json": {"of": 0}}', b'{"json": {"of": 1}}']
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            module, "exchange", lambda message: shares if b"json" in message else [b"9" * 9]
+        )
+        with Checkpointer(tmp_path) as checkpointer:
+            save(checkpointer, 1, data_state={"of": 0})
+    assert restore(tmp_path).data_states == [{"of": 0}, {"of": 1}]
 
 
 PROCESS = """
@@ -446,7 +447,7 @@ PROCESS = """
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state(0))
         back = checkpointer.restore_latest(abstract)
-        assert (back.step, len(back.data_state)) == (1, process * 5 + 1), back
+        assert (back.step, [len(s) for s in back.data_states]) == (1, [1, 6]), back
         for a, b in zip(jax.tree.leaves(back.state), jax.tree.leaves(state(1)), strict=True):
             for x, y in zip(a.addressable_shards, b.addressable_shards, strict=True):
                 assert (np.asarray(x.data) == np.asarray(y.data)).all()

@@ -1,6 +1,7 @@
 """The command line: --help, and bad input that ends with one sentence and status 2."""
 
 import json
+import signal
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from deepseek_jax import sharding
+from deepseek_jax import cli, sharding
 from deepseek_jax.checkpoint import Checkpointer, claim_run_directory
 from deepseek_jax.cli import main
 from deepseek_jax.data.tokenizer import train_bpe
 from deepseek_jax.model.transformer import DeepSeekV3
+from deepseek_jax.train import pretrain
 from deepseek_jax.train.loop import LoopConfig
 from deepseek_jax.train.optim import OptimConfig, make_optimizer
 from deepseek_jax.train.pretrain import run_json
@@ -193,9 +195,19 @@ def test_a_contradictory_config_json(folder, capsys, changes, complaint):
     assert_nothing_left(folder)
 
 
-def test_a_config_json_that_is_none(folder, capsys):
-    folder.model.write_text("{")
-    assert "config.json could not be read as a config.json" in refusal(folder, capsys)
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ("{", "config.json could not be read as a config.json"),
+        ("[]", "config.json is not a config.json: it holds a JSON list instead of an object"),
+        ("3", "it holds a JSON int instead of an object"),
+        ("null", "it holds a JSON NoneType instead of an object"),
+        ("{}", "model_type=None is not of this family"),
+    ],
+)
+def test_a_config_json_that_is_none(folder, capsys, content, complaint):
+    folder.model.write_text(content)
+    assert complaint in refusal(folder, capsys)
     assert_nothing_left(folder)
 
 
@@ -206,6 +218,15 @@ def test_a_config_json_that_is_none(folder, capsys):
         ("--mesh pod=2", "unknown mesh axis 'pod'; the axes are data, fsdp, expert, tensor"),
         ("--mesh data=3", "'data=3' asks for 3 devices, but there are 8; change a size"),
         ("--mesh data=two", "mesh axis 'data=two' needs a whole number, as in data=2"),
+        ("--mesh data=2,data=4", "mesh axis 'data' is given twice"),
+        ("--mesh data=-1,fsdp=-1", "only one axis of 'data=-1,fsdp=-1' can be -1"),
+        (
+            "--mesh data=4,context=2 --seq-len 33",
+            "sequences of 33 tokens cannot be divided into 2 parts",
+        ),
+        ("--streams 3", "8 sequences at a time cannot be taken evenly from 3 streams"),
+        ("--coordinator localhost:1", "several processes need --coordinator HOST:PORT, --num-pr"),
+        ("--coordinator here --num-processes 2 --process-id 0", "'here' is not HOST:PORT"),
         ("--micro-batch 3", "batch_size=8 must be a multiple of micro_batch=3"),
         ("--batch-size 12", "12 sequences cannot be divided over 8 batch shards"),
         ("--first-batch-size 16 --micro-batch 8", "the ramp goes up: first_batch_size=16 exceeds"),
@@ -252,13 +273,75 @@ def test_a_process_says_one_sentence_and_exits_2(folder):
     assert_nothing_left(folder)
 
 
+def test_ctrl_c_before_training_is_one_sentence(folder, capsys, monkeypatch):
+    """While the tokenizer is trained, say; in the loop Ctrl-C saves."""
+    monkeypatch.setattr(pretrain, "fit_tokenizer", lambda *_: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(SystemExit) as end:
+        main(["pretrain", *runs.options(folder.out, folder.source, folder.model)])
+    assert end.value.code == 130
+    error = capsys.readouterr().err
+    assert error.startswith("deepseek-jax: interrupted; ")
+    assert error.count("\n") == 1
+    assert_nothing_left(folder)
+
+
+# --- compiled programs ------------------------------------------------------------------------
+
+
+def cache_seen(words: list[str], monkeypatch) -> Path | None:
+    """Where compiled programs are kept while the command runs."""
+    seen = []
+
+    def look(_):
+        seen.append(jax.config.jax_compilation_cache_dir)
+
+    monkeypatch.setattr(cli, "pretrain", look)
+    main(["pretrain", *words])
+    assert jax.config.jax_compilation_cache_dir is None  # as before
+    return Path(seen[0]) if seen[0] else None
+
+
+def test_compiled_programs_are_kept_in_the_users_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = cache_seen([], monkeypatch)
+    assert folder is not None
+    assert folder.is_dir()
+    assert folder.parent == tmp_path / "deepseek_jax"
+
+
+def test_compiled_programs_are_kept_where_asked_or_not_at_all(monkeypatch, tmp_path):
+    chosen = tmp_path / "chosen"
+    assert cache_seen(["--compilation-cache", str(chosen)], monkeypatch) == chosen
+    assert cache_seen(["--compilation-cache", "None"], monkeypatch) is None
+
+
+def test_a_cache_that_cannot_be_is_refused_if_it_was_asked_for(
+    monkeypatch, tmp_path, folder, capsys
+):
+    (tmp_path / "file").touch()
+    message = refusal(folder, capsys, "--compilation-cache", str(tmp_path / "file" / "cache"))
+    assert "choose another --compilation-cache, or None" in message
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert cache_seen([], monkeypatch) is None
+
+
+def test_a_cache_chosen_through_jax_stays(monkeypatch, tmp_path):
+    monkeypatch.setattr(cli, "pretrain", lambda _: None)
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    try:
+        main(["pretrain"])
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path)
+    finally:
+        jax.config.update("jax_compilation_cache_dir", None)
+
+
 def test_help_fits_on_two_screens():
     process = runs.start("--help")
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 0
     assert not stderr
     lines = stdout.splitlines()
-    assert len(lines) <= 125
+    assert len(lines) <= 140
     assert max(map(len, lines)) <= 100
     assert "dummy" not in stdout  # tyro's inner names
     for option in ("--source", "--model", "--mesh", "--resume", "--steps", "--peak-lr"):

@@ -2,15 +2,23 @@
 
 import contextlib
 import errno
+import hashlib
+import os
+import platform
+import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jax
 import tyro
+from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 
+from deepseek_jax import distributed
 from deepseek_jax.checkpoint import load_params
 from deepseek_jax.checkpoint.files import local_path
 from deepseek_jax.checkpoint.run_directory import read_run
@@ -160,15 +168,44 @@ def _generate(
     Console().print(prompt + text, markup=False, highlight=False, soft_wrap=True)
 
 
+def _cache_folder() -> Path:
+    # Not in the run's directory: compiled programs are code, and those directories change hands.
+    # By the processor's features: on another one, XLA's programs for CPUs may not run.
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    features = platform.machine()
+    with contextlib.suppress(OSError):
+        features += "".join(re.findall(r"^flags.*$", Path("/proc/cpuinfo").read_text(), re.M)[:1])
+    return base / "deepseek_jax" / hashlib.blake2b(features.encode(), digest_size=4).hexdigest()
+
+
+@dataclass(frozen=True)
+class Machine(distributed.Cluster):
+    """Where the run happens."""
+
+    compilation_cache: Path | None = field(default_factory=_cache_folder)
+    """Keeps compiled programs; None: they are not kept."""
+
+
+@dataclass(frozen=True)
+class _Start:
+    """All that the command line of a recipe says."""
+
+    config: PretrainConfig
+    machine: Machine = field(default_factory=Machine)
+
+
 def main(args: list[str] | None = None) -> None:
     """The ``deepseek-jax`` command."""
     words = sys.argv[1:] if args is None else args
 
-    def command(config: Annotated[PretrainConfig, tyro.conf.arg(name="")]) -> None:
+    def command(
+        config: Annotated[PretrainConfig, tyro.conf.arg(name="")],
+        machine: Annotated[Machine, tyro.conf.arg(name="")] = Machine(),
+    ) -> None:
         """Train a language model from text."""
         pretrain(_as_stored(config, words[1:]))
 
-    with _bad_input_is_a_sentence(), _REGISTRY:
+    with _ends_in_a_sentence(), _started(words), _REGISTRY:
         tyro.extras.subcommand_cli_from_dict(
             {"pretrain": command, "convert": _convert, "generate": _generate, "plan": _plan},
             prog="deepseek-jax",
@@ -180,14 +217,16 @@ def main(args: list[str] | None = None) -> None:
 
 def run_recipe(stage: Callable[[PretrainConfig], Any], default: PretrainConfig) -> None:
     """Run a stage with a recipe's configuration; the command line may change any field of it."""
-    with _bad_input_is_a_sentence(), _REGISTRY:
-        stage(_as_stored(_parse(default, sys.argv[1:]), sys.argv[1:]))
+    words = sys.argv[1:]
+    with _ends_in_a_sentence(), _started(["pretrain", *words]), _REGISTRY:
+        stage(_as_stored(_parse(default, words), words))
 
 
 def _parse(default: PretrainConfig, words: list[str]) -> PretrainConfig:
-    return tyro.cli(
-        PretrainConfig, default=default, args=words, config=(tyro.conf.OmitArgPrefixes,)
+    start = tyro.cli(
+        _Start, default=_Start(default), args=words, config=(tyro.conf.OmitArgPrefixes,)
     )
+    return start.config
 
 
 def _as_stored(config: PretrainConfig, words: list[str]) -> PretrainConfig:
@@ -195,23 +234,89 @@ def _as_stored(config: PretrainConfig, words: list[str]) -> PretrainConfig:
     return _parse(stored_config(config), words) if config.resume else config
 
 
+# --- starting and ending ----------------------------------------------------------------------
+
+
 @contextlib.contextmanager
-def _bad_input_is_a_sentence() -> Iterator[None]:
-    """Bad input ends the program with one sentence on stderr and exit status 2."""
+def _started(words: list[str]) -> Iterator[None]:
+    """Joins the other processes, before the rest of the command line is looked at.
+
+    A process that then finds its input bad, because a file is missing on its host, say, can tell
+    the others instead of leaving them to wait for it.
+    """
+    if words[:1] != ["pretrain"] or not {"-h", "--help"}.isdisjoint(words):
+        yield
+        return
+    machine, _ = tyro.cli(Machine, args=words[1:], return_unknown_args=True)
+    distributed.initialize(machine)
+    with _compilation_cache(machine.compilation_cache):
+        yield
+
+
+@contextlib.contextmanager
+def _compilation_cache(folder: Path | None) -> Iterator[None]:
+    """Keeps compiled programs in ``folder``, unless JAX has been told where to keep them."""
+    if folder is None or getattr(jax.config, "jax_compilation_cache_dir", None) is not None:
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if folder == _cache_folder():  # nobody asked for it
+            yield
+            return
+        raise UserError(
+            f"cannot keep compiled programs in {folder}: {error.strerror}; choose another "
+            "--compilation-cache, or None."
+        ) from error
+    jax.config.update("jax_compilation_cache_dir", str(folder))
     try:
         yield
-    except UserError as error:
-        sys.exit(_fail(str(error)))
-    except OSError as error:
-        # Only what the user can mend becomes a sentence; a bug keeps its traceback.
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+    finally:
+        jax.config.update("jax_compilation_cache_dir", None)
+        compilation_cache.reset_cache()
+
+
+@contextlib.contextmanager
+def _ends_in_a_sentence() -> Iterator[None]:
+    """What ends a command early ends all processes of its run, with a sentence and a status.
+
+    Bad input: 2. Ctrl-C: 130. A bug keeps its traceback.
+    """
+    try:
+        yield
+        distributed.leave()
+    except SystemExit as end:
+        if end.code:
+            distributed.give_up(2, "its command line is not valid.", lambda: None)
+        raise
+    except BaseException as error:
+        status, sentence = _verdict(error)
+        if sentence is None:
+            first_line = next(iter(str(error).strip().splitlines()), "")
+            reason = f"{type(error).__name__}: {first_line}"
+            distributed.give_up(status, reason, traceback.print_exc)
             raise
-        sys.exit(_fail(f"{error.filename or 'a file'}: {error.strerror}."))
+        distributed.give_up(status, sentence, lambda: _say(sentence))
+        _say(sentence)
+        sys.exit(status)
 
 
-def _fail(message: str) -> int:
-    print(f"deepseek-jax: {message.rstrip('.')}.", file=sys.stderr)
-    return 2
+def _verdict(error: BaseException) -> tuple[int, str | None]:
+    """Exit status and sentence; None for what only a traceback explains."""
+    if isinstance(error, UserError):
+        return 2, str(error)
+    # Only what the user can mend becomes a sentence.
+    mendable = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+    if isinstance(error, OSError) and error.errno in mendable:
+        return 2, f"{error.filename or 'a file'}: {error.strerror}."
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted; the checkpoints that were complete are intact."
+    return 1, None
+
+
+def _say(sentence: str) -> None:
+    print(f"deepseek-jax: {sentence.rstrip('.')}.", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -263,9 +263,15 @@ _FAMILIES = {"deepseek_v2": "DeepseekV2ForCausalLM", "deepseek_v3": "DeepseekV3F
 def _read_json(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{path} could not be read as a config.json: {error}.") from error
+    if not isinstance(content, dict):
+        raise UserError(
+            f"{path} is not a config.json: it holds a JSON {type(content).__name__} instead of an "
+            "object of names and values."
+        )
+    return content
 
 
 def _from_hf(cls: type[ModelConfig], hf: dict[str, Any]) -> ModelConfig:

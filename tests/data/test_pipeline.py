@@ -114,15 +114,15 @@ def test_order_depends_on_the_seed(config, tokenizer):
     assert any((a.tokens_BT != b.tokens_BT).any() for a, b in zip(first, other, strict=True))
 
 
-def test_processes_share_each_epoch(config, tokenizer):
+def test_streams_share_each_epoch(config, tokenizer):
     config = dataclasses.replace(config, fim_rate=0.0, mix_tokens=0)
     corpus = load_corpus(config)
     texts = [corpus.train[i] for i in range(len(corpus.train))]
     read: Counter[str] = Counter()
-    for process in range(3):
-        batches = train_batches(config, tokenizer, 1, process_index=process, process_count=3)
+    for stream in range(3):
+        batches = train_batches(config, tokenizer, 1, stream=stream, streams=3)
         documents = documents_in(take(batches, epoch_rows(config, tokenizer)), tokenizer)
-        own = len(range(process, len(texts), 3))
+        own = len(range(stream, len(texts), 3))
         read.update(restore_fim(d, tokenizer) for d in documents[:own])
     assert read == Counter(texts)
 
@@ -189,7 +189,7 @@ def test_state_of_other_data_is_refused(config, tokenizer, change):
 def test_state_of_other_tokenizer_or_share_is_refused(config, tokenizer, texts):
     state = train_batches(config, tokenizer, 2).get_state()
     other_tokenizer = train_batches(config, pipeline.train_bpe(texts, 300), 2)
-    other_share = train_batches(config, tokenizer, 2, process_index=0, process_count=2)
+    other_share = train_batches(config, tokenizer, 2, stream=0, streams=2)
     for other in (other_tokenizer, other_share):
         with pytest.raises(UserError, match="not those the checkpoint was written with"):
             other.set_state(state)
@@ -210,19 +210,14 @@ def test_workers_resume_too(config, tokenizer):
 
 
 @pytest.mark.parametrize("mask_documents", [False, True])
-@pytest.mark.parametrize("process_count", [1, 3])
-def test_eval_covers_the_held_out_text_exactly(config, tokenizer, mask_documents, process_count):
+def test_eval_covers_the_held_out_text_exactly(config, tokenizer, mask_documents):
     config = dataclasses.replace(config, mask_documents=mask_documents)
     documents = load_corpus(config).held_out
     texts = [documents[i] for i in range(len(documents))]
-    passes = [
-        list(eval_batches(config, tokenizer, 4, process_index=i, process_count=process_count))
-        for i in range(process_count)
-    ]
-    assert len({len(one) for one in passes}) == 1
-    batches = [item.batch for one in passes for item in one]
+    items = list(eval_batches(config, tokenizer, 4))
+    batches = [item.batch for item in items]
     assert {batch.tokens_BT.shape for batch in batches} == {(4, 32)}
-    assert sum(item.num_bytes for one in passes for item in one) == len("".join(texts).encode())
+    assert sum(item.num_bytes for item in items) == len("".join(texts).encode())
     targets = Counter(
         np.concatenate([b.targets_BT[b.loss_weights_BT > 0] for b in batches]).tolist()
     )
@@ -248,7 +243,7 @@ def test_tokenizer_is_trained_on_training_documents_only(tmp_path):
 
 def test_more_processes_than_documents(config, tokenizer):
     with pytest.raises(UserError, match="cannot feed 100 processes"):
-        train_batches(config, tokenizer, 1, process_index=0, process_count=100)
+        train_batches(config, tokenizer, 1, stream=0, streams=100)
 
 
 def plain_tokenizer(tokens):

@@ -21,6 +21,7 @@ from deepseek_jax.checkpoint import load_params
 from deepseek_jax.cli import main
 from deepseek_jax.data.pipeline import DataConfig
 from deepseek_jax.report import read_metrics
+from deepseek_jax.train import pretrain as pretrain_module
 from deepseek_jax.train.loop import LoopConfig
 from deepseek_jax.train.optim import OptimConfig
 from deepseek_jax.train.pretrain import PretrainConfig, pretrain
@@ -147,6 +148,20 @@ def test_a_finished_run_can_be_resumed_to_no_effect(place, tmp_path, uninterrupt
     assert pictures == [(out / name).read_bytes() for name in ("loss.png", "expert_load.png")]
 
 
+def test_ctrl_c_while_the_pictures_are_drawn_is_one_sentence(
+    place, tmp_path, uninterrupted, monkeypatch, capsys
+):
+    out = shutil.copytree(uninterrupted, tmp_path / "run")
+    monkeypatch.setattr(pretrain_module, "plot_loss", lambda *_, **__: os.kill(os.getpid(), 2))
+    with pytest.raises(SystemExit) as end:
+        main(["pretrain", "--out", str(out), "--resume", "--mesh", "data=8"])
+    assert end.value.code == 130
+    error = capsys.readouterr().err
+    assert error.startswith("deepseek-jax: interrupted; ")
+    assert error.count("\n") == 1
+    assert runs.saved_steps(out)[-1] == STEPS
+
+
 # --- what a run leaves ------------------------------------------------------------------------
 
 
@@ -217,11 +232,11 @@ def test_a_loss_that_stays_not_finite_stops_the_run(place, tmp_path):
     with pytest.raises(UserError, match=r"training diverged: step \d+ .* 3 steps in a row"):
         pretrain(dataclasses.replace(config, optim=optim))
     rows = read_metrics(tmp_path / "metrics.jsonl")
-    assert [row["skipped"] for row in rows][-2:] == [1, 2]
+    assert [row["skipped"] for row in rows][-3:] == [1, 2, 3]  # the last ended the run
     assert not np.isfinite(rows[-1]["loss"])
     assert "non_finite" in (tmp_path / "metrics.jsonl").read_text()
     newest = runs.saved_steps(tmp_path)[-1]
-    assert newest == rows[-1]["step"]
+    assert newest == rows[-1]["step"] - 1
     params, bias_LE, _ = load_params(tmp_path)
     assert all(np.isfinite(leaf).all() for leaf in [*jax.tree.leaves(params), bias_LE])
     assert not (tmp_path / "loss.png").exists()

@@ -44,7 +44,8 @@ class Restored(NamedTuple):
 
     step: int
     state: TrainState
-    data_state: bytes | dict[str, Any]
+    data_states: list[Any]
+    """Of every process that saved, in order; there may be more or fewer of them now."""
     rng: Array
     extra: dict[str, Any]
 
@@ -159,8 +160,7 @@ class Checkpointer:
 
         Raises:
             UserError: no checkpoint is intact; or the newest intact one has other leaves,
-                shapes or dtypes than ``abstract_state``, or was saved by another number of
-                processes.
+                shapes or dtypes than ``abstract_state``.
         """
         step, damaged = newest_intact(self._steps)
         if step is None:
@@ -171,7 +171,7 @@ class Checkpointer:
         check_fits(folder / "model", model, same_dtype=True)
         check_fits(folder / "optimizer", optimizer, same_dtype=True)
         host = _read_host(folder)
-        data = _own_share(host["data_state"], folder)
+        data = [_decode_data(share) for share in host["data_state"]]
         model = restore_tree(folder / "model", model)
         optimizer = restore_tree(folder / "optimizer", optimizer)
         opt_leaves = [optimizer[name] for name in flatten(abstract_state.opt_state, "opt_state")]
@@ -267,7 +267,9 @@ class Checkpointer:
                 while target.exists():  # the same step was damaged before
                     target = target.with_name(target.name + "-again")
                 os.replace(self._steps / str(step), target)
-            _log.warning("checkpoint of step %d is damaged: %s; moved to %s", step, problem, target)
+                _log.warning(
+                    "checkpoint of step %d is damaged: %s; moved to %s", step, problem, target
+                )
         if damaged:
             exchange(b"")  # nobody reads the list before the first process has moved them
             self._manager.close()
@@ -296,7 +298,7 @@ def load_params(
     step, damaged = newest_intact(directory / "checkpoints", prefix="model/")
     if step is None:
         raise UserError(f"{directory} holds no checkpoint yet; let its run save one first.")
-    for bad, problem in damaged.items():
+    for bad, problem in damaged.items() if jax.process_index() == 0 else ():
         _log.warning("skipped the damaged checkpoint of step %d: %s", bad, problem)
     folder = directory / "checkpoints" / str(step) / "model"
     abstract = stored_tree(folder)
@@ -313,14 +315,8 @@ def _encode_data(state: bytes | dict[str, Any]) -> dict[str, Any]:
     return {"json": state}
 
 
-def _own_share(parts: list[dict[str, Any]], folder: Path) -> bytes | dict[str, Any]:
-    if len(parts) != jax.process_count():
-        raise UserError(
-            f"{folder} was saved by {len(parts)} processes, each with its share of the data; "
-            f"resume it with {len(parts)} instead of {jax.process_count()}."
-        )
-    mine = parts[jax.process_index()]
-    return mine["json"] if "json" in mine else base64.b64decode(mine["base64"])
+def _decode_data(stored: dict[str, Any]) -> bytes | dict[str, Any]:
+    return stored["json"] if "json" in stored else base64.b64decode(stored["base64"])
 
 
 def _encode_rng(rng: Array) -> dict[str, Any]:

@@ -129,7 +129,8 @@ def exchange(message: bytes) -> list[bytes]:
     """The messages of all processes, in order; also a barrier."""
     if jax.process_count() == 1:
         return [message]
-    length = max(int(n) for n in multihost_utils.process_allgather(np.int32(len(message))))
+    longest = max(int(n) for n in multihost_utils.process_allgather(np.int32(len(message))))
+    length = 1 << longest.bit_length()  # each length is compiled once: few, then
     padded = np.zeros(4 + length, np.uint8)
     padded[:4] = np.frombuffer(len(message).to_bytes(4, "little"), np.uint8)
     padded[4 : 4 + len(message)] = np.frombuffer(message, np.uint8)

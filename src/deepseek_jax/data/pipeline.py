@@ -46,6 +46,7 @@ class DataConfig:
         mix_tokens: With ``shuffle``, rows within so many tokens change places too.
         seed: Of the order and of Fill-in-Middle, not of the split.
         num_workers: Processes that prepare data; 0: the trainer does it itself.
+        streams: Parts of the data that as many processes can read; 0: as many as start the run.
     """
 
     source: tuple[str, ...] = ("stdlib",)
@@ -62,6 +63,7 @@ class DataConfig:
     mix_tokens: int = 250_000
     seed: int = 0
     num_workers: int = 0
+    streams: int = 0
 
     def __post_init__(self):
         if self.seq_len < 1:
@@ -73,7 +75,7 @@ class DataConfig:
                 "`held_out_fraction` is a share between 0 and 1, both excluded, not "
                 f"{self.held_out_fraction}"
             )
-        for name in ("seed", "num_workers"):
+        for name in ("seed", "num_workers", "streams"):
             if getattr(self, name) < 0:
                 raise UserError(f"`{name}` cannot be negative, but is {getattr(self, name)}")
 
@@ -111,12 +113,12 @@ def train_batches(
     tokenizer: Tokenizer,
     batch_size: int,
     *,
-    process_index: int = 0,
-    process_count: int = 1,
+    stream: int = 0,
+    streams: int = 1,
 ) -> grain.DatasetIterator[Batch]:
     """Endless batches of numpy arrays [batch_size, seq_len] from the training documents.
 
-    Each epoch visits every document once, over all processes together, in a new order.
+    Each epoch visits every document once, over all streams together, in a new order.
     ``get_state()`` is a JSON-serialisable dict; ``set_state`` of it, in this or in a fresh
     process with the same arguments, continues bit for bit. Call ``close()`` when done if
     ``num_workers`` is not 0.
@@ -124,17 +126,17 @@ def train_batches(
     Args:
         config: What to read.
         tokenizer: Turns documents into ids.
-        batch_size: Rows in a batch of this process (B).
-        process_index: This process among those that share the corpus.
-        process_count: Processes that share the corpus; each sees its own documents.
+        batch_size: Rows in a batch of this stream (B).
+        stream: This stream among those that share the corpus.
+        streams: How many share the corpus; each sees its own documents.
 
     Raises:
-        UserError: Unusable documents or tokenizer, or fewer documents than processes.
+        UserError: Unusable documents or tokenizer, or fewer documents than streams.
     """
     corpus = load_corpus(config)
-    if len(corpus.train) < process_count:
+    if len(corpus.train) < streams:
         raise UserError(
-            f"{len(corpus.train)} training documents cannot feed {process_count} processes: "
+            f"{len(corpus.train)} training documents cannot feed {streams} processes: "
             "split the documents or use fewer processes"
         )
     encoder = DocumentEncoder(
@@ -147,11 +149,11 @@ def train_batches(
     documents = grain.MapDataset.range(len(corpus.train)).map_with_index(encoder)
     if config.shuffle:
         documents = _shuffle(documents, corpus, config.seed)
-    documents = documents[process_index::process_count].repeat().to_iter_dataset(_NO_THREADS)
+    documents = documents[stream::streams].repeat().to_iter_dataset(_NO_THREADS)
     rows = PackRows(documents, config.seq_len)
     if config.shuffle:
         # Without this a small batch is a few pages of one document.
-        window = max(1, config.mix_tokens // config.seq_len)
+        window = max(1, config.mix_tokens // (config.seq_len * streams))
         rows = WindowShuffleIterDataset(rows, window_size=window, seed=config.seed)
     stack = functools.partial(rows_to_batch, mask_documents=config.mask_documents)
     batches = rows.batch(batch_size, batch_fn=stack)
@@ -159,32 +161,22 @@ def train_batches(
         if not flags.FLAGS.is_parsed():  # grain's workers insist, even outside of an absl app
             flags.FLAGS.mark_as_parsed()
         batches = batches.mp_prefetch(grain.MultiprocessingOptions(config.num_workers))
-    fingerprint = _fingerprint(corpus, tokenizer, config, process_index, process_count)
+    fingerprint = _fingerprint(corpus, tokenizer, config, stream, streams)
     return _SameDataIterator(iter(batches), fingerprint)
 
 
-def eval_batches(
-    config: DataConfig,
-    tokenizer: Tokenizer,
-    batch_size: int,
-    *,
-    process_index: int = 0,
-    process_count: int = 1,
-) -> Iterator[EvalBatch]:
+def eval_batches(config: DataConfig, tokenizer: Tokenizer, batch_size: int) -> Iterator[EvalBatch]:
     """One pass over the held-out documents, in order and without Fill-in-Middle.
 
-    Every process reads all documents and keeps its rows, so that all processes see the same
-    number of batches; missing rows at the end are padding of weight 0. Every token but the
-    first of the pass is a target once (with ``mask_documents``: but the first of each
-    document), so with a begin-of-sentence token ``num_bytes`` adds up to the size of the
-    held-out text.
+    Missing rows at the end are padding of weight 0. Every token but the first of the pass is a
+    target once (with ``mask_documents``: but the first of each document), so with a
+    begin-of-sentence token ``num_bytes`` adds up to the size of the held-out text. Processes
+    that share an evaluation all make the same batches, and each feeds its rows of them.
 
     Args:
         config: What to read.
         tokenizer: Turns documents into ids.
-        batch_size: Rows in a batch of this process (B).
-        process_index: This process among those that share the evaluation.
-        process_count: Processes that share the evaluation.
+        batch_size: Rows in a batch (B).
 
     Raises:
         UserError: Unusable documents or tokenizer.
@@ -193,10 +185,9 @@ def eval_batches(
     encoder = DocumentEncoder(corpus.held_out, tokenizer, add_bos=config.add_bos)
     documents = grain.MapDataset.range(len(corpus.held_out)).map_with_index(encoder)
     rows = PackRows(documents.to_iter_dataset(_NO_THREADS), config.seq_len)
-    for group in rows.batch(batch_size * process_count, batch_fn=list):
-        mine = group[process_index::process_count]
-        mine = mine + [_padding_row(config.seq_len)] * (batch_size - len(mine))
-        batch = rows_to_batch(mine, mask_documents=config.mask_documents)
+    for group in rows.batch(batch_size, batch_fn=list):
+        padded = group + [_padding_row(config.seq_len)] * (batch_size - len(group))
+        batch = rows_to_batch(padded, mask_documents=config.mask_documents)
         yield EvalBatch(batch, target_bytes(tokenizer, batch))
 
 
@@ -222,8 +213,8 @@ class _SameDataIterator(grain.DatasetIterator[Batch]):
     def set_state(self, state: dict[str, Any]) -> None:
         if state.get("fingerprint") != self._fingerprint:
             raise UserError(
-                "the data are not those the checkpoint was written with (documents, tokenizer, "
-                "data options or number of processes differ): restore them, or start a new run "
+                "the data are not those the checkpoint was written with (documents, tokenizer "
+                "or data options differ): restore them, or start a new run "
                 "from its weights"
             )
         self._parent.set_state(state["parent"])

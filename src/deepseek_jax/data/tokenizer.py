@@ -119,6 +119,11 @@ class Tokenizer:
             ) from error
         return cls(backend, _special_names(path.with_name("tokenizer_config.json")))
 
+    @classmethod
+    def from_json(cls, text: str) -> "Tokenizer":
+        """The inverse of ``to_json``, for a tokenizer made by ``train_bpe``."""
+        return cls(tokenizers.Tokenizer.from_str(text))
+
     def save(self, path: str | Path) -> None:
         """Writes ``tokenizer.json``, which Hugging Face libraries load as it is."""
         Path(path).parent.mkdir(parents=True, exist_ok=True)

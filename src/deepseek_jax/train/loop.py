@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+import os
 import signal
 import time
 import types
@@ -13,14 +14,15 @@ from typing import Any, NamedTuple, get_origin, get_type_hints
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
-from deepseek_jax import sharding
+from deepseek_jax import distributed, sharding
 from deepseek_jax.checkpoint import Checkpointer, Restored
 from deepseek_jax.config import ModelConfig
+from deepseek_jax.data.feed import Feed, TrainRows, make_feed
 from deepseek_jax.report import LossMonitor, MetricsWriter, Progress
 from deepseek_jax.train.optim import Schedule, batch_ramp
-from deepseek_jax.train.step import Metrics, TrainStep, place_batch
+from deepseek_jax.train.step import Metrics, TrainStep
 from deepseek_jax.types import Batch, TrainState, UserError
 
 
@@ -97,8 +99,10 @@ class Task(NamedTuple):
     """What the loop works on; made by a stage (``pretrain``, ...)."""
 
     step: TrainStep
-    batches: Any
-    """Iterator of this process's micro-batches with ``get_state`` and ``set_state``."""
+    batches: TrainRows
+    """This process's rows of the micro-batches."""
+    feed: Feed
+    """How they become global batches."""
     evaluate: Callable[[TrainState, int | None], Evaluation]
     """``evaluate(state, batches)``: on so many batches, or on all."""
     learning_rate: Schedule
@@ -120,17 +124,24 @@ class Outcome(NamedTuple):
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
-    """SIGTERM and SIGINT are noted and answered between two steps; a second SIGINT kills."""
+    """SIGTERM and SIGINT are noted and answered between two steps; a second SIGINT kills.
+
+    Where several processes train together JAX listens for SIGTERM, so that all stop at one step.
+    """
     requested = False
 
     def note(signum: int, _: Any) -> None:
         nonlocal requested
         requested = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        if together:
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
+    together = jax.process_count() > 1
+    signals = (signal.SIGINT,) if together else (signal.SIGTERM, signal.SIGINT)
+    before = {s: signal.signal(s, note) for s in signals}
     try:
-        yield lambda: requested
+        yield lambda: requested and not together
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
@@ -140,12 +151,16 @@ def fit(
     task: Task,
     config: LoopConfig,
     state: TrainState,
-    mesh: Mesh,
     checkpointer: Checkpointer,
     writer: MetricsWriter,
     restored: Restored | None = None,
+    *,
+    started: float | None = None,
 ) -> Outcome:
     """Train from ``state`` (or where ``restored`` left off) to ``config.steps``.
+
+    ``started`` is when the stage began, by ``time.perf_counter``; the first step says how long
+    it has been since.
 
     Raises:
         UserError: too many steps were skipped, or a checkpoint could not be written. The last
@@ -157,7 +172,7 @@ def fit(
     key = jax.random.key(config.init_seed)
     if restored is not None:
         first, key = restored.step, restored.rng
-        task.batches.set_state(restored.data_state)
+        task.batches.set_state(restored.data_states)
         monitor.load(restored.extra["monitor"])
         first_load, last_load = (np.asarray(restored.extra[k]) for k in ("first_load", "last_load"))
         tokens = restored.extra["tokens"]
@@ -178,24 +193,33 @@ def fit(
     step = first
     data_state = task.batches.get_state()
     with stop_requests() as stop, Progress(config.steps, initial=first) as progress:
-        batch = _next_batch(task, config, step, mesh) if step < config.steps else None
-        while step < config.steps and not stop():
-            started = time.perf_counter()
+        batch = _next_batch(task, config, step) if step < config.steps else None
+        while step < config.steps and not (stop() or distributed.stop_agreed(step)):
+            began = time.perf_counter()
             assert batch is not None
             size = batch.tokens_BT.size
             state, metrics = train_step(state, batch, np.float32(monitor.threshold()))
             data_state = task.batches.get_state()
             if step + 1 < config.steps:
-                batch = _next_batch(task, config, step + 1, mesh)
+                batch = _next_batch(task, config, step + 1)
             metrics = jax.device_get(metrics)
-            seconds = time.perf_counter() - started
+            ended = time.perf_counter()
+            seconds = ended - began
+            if started is not None:
+                progress.print(
+                    f"first step done {ended - started:.1f} s after the start, {seconds:.1f} s of "
+                    "it compiling and computing the step"
+                )
+                started = None
             step, tokens = step + 1, tokens + size
             last_load = metrics.pop("load_LE")
             first_load = last_load if first_load is None else first_load
             line = _scalars(task, metrics, state, size / seconds) | {"tokens": tokens}
-            if monitor.observe(step, line["loss"], skipped=bool(line.pop("skipped"))):
+            skipped = bool(line.pop("skipped"))
+            # Written before the monitor ends a run that diverges, which its owner will look into.
+            writer.write(step, line | {"skipped": monitor.skipped + skipped})
+            if monitor.observe(step, line["loss"], skipped=skipped):
                 progress.print(f"step {step} skipped: loss {line['loss']:.4g}")
-            writer.write(step, line | {"skipped": monitor.skipped})
             progress.update(step, loss=line["loss"], tokens_per_s=size / seconds)
             if config.eval_every and step % config.eval_every == 0 and step < config.steps:
                 evaluation = task.evaluate(state, config.eval_batches)
@@ -218,13 +242,13 @@ def fit(
 
 
 def jit_step(step: TrainStep, state: TrainState) -> TrainStep:
-    """Compile with donation; every output leaf stays where its input was."""
+    """Compile with donation; every leaf stays where it was, and every process sees the metrics."""
     where = jax.tree.map(lambda x: x.sharding, state)
-    return jax.jit(step, donate_argnums=0, out_shardings=(where, None))
+    return jax.jit(step, donate_argnums=0, out_shardings=(where, where.step))
 
 
-def _next_batch(task: Task, config: LoopConfig, step: int, mesh: Mesh) -> Batch:
-    return place_batch([next(task.batches) for _ in range(config.micro_batches(step))], mesh)
+def _next_batch(task: Task, config: LoopConfig, step: int) -> Batch:
+    return task.feed.place([next(task.batches) for _ in range(config.micro_batches(step))])
 
 
 def _scalars(
@@ -239,19 +263,30 @@ def _scalars(
     return line
 
 
-def local_rows(rows: int, mesh: Mesh) -> int:
-    """This process's share of a batch of ``rows`` sequences.
+def divide_batch(rows: int, seq_len: int, mesh: Mesh) -> Feed:
+    """This process's share of micro-batches of ``rows`` sequences.
 
     Raises:
         UserError: if they cannot be divided evenly over the mesh.
     """
-    shards = sharding.batch_shards(mesh)
+    where = sharding.sharding(mesh, "accumulate", "batch", "sequence")
+    shards, parts = _parts(where, 1), _parts(where, 2)
     if rows % shards:
         raise UserError(
             f"{rows} sequences cannot be divided over {shards} batch shards of the mesh "
             f"({dict(mesh.shape)}); make micro_batch a multiple of {shards}."
         )
-    return rows // jax.process_count()
+    if seq_len % parts:
+        raise UserError(
+            f"sequences of {seq_len} tokens cannot be divided into {parts} parts, as the mesh "
+            f"({dict(mesh.shape)}) asks; make seq_len a multiple of {parts}."
+        )
+    return make_feed(where, rows, seq_len)
+
+
+def _parts(where: NamedSharding, dim: int) -> int:
+    axes = where.spec[dim] or ()
+    return math.prod(where.mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes))
 
 
 def to_json(config: Any) -> Any:

@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import json
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,20 +13,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from deepseek_jax import sharding
+from deepseek_jax import distributed, sharding
 from deepseek_jax.checkpoint import Checkpointer, claim_run_directory, load_params
 from deepseek_jax.checkpoint.run_directory import read_run
 from deepseek_jax.config import ModelConfig, Precision, RematPolicy
 from deepseek_jax.data.baselines import Baselines, measure_baselines
-from deepseek_jax.data.pipeline import (
-    DataConfig,
-    eval_batches,
-    fit_tokenizer,
-    train_batches,
-)
+from deepseek_jax.data.feed import Feed, TrainRows
+from deepseek_jax.data.pipeline import DataConfig, eval_batches, fit_tokenizer
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.generate import continue_text
 from deepseek_jax.model.transformer import DeepSeekV3, param_counts
@@ -44,9 +41,9 @@ from deepseek_jax.train.loop import (
     LoopConfig,
     Outcome,
     Task,
+    divide_batch,
     fit,
     from_json,
-    local_rows,
     to_json,
 )
 from deepseek_jax.train.losses import batch_nats, hidden_states, pretrain_loss
@@ -57,7 +54,7 @@ from deepseek_jax.train.optim import (
     make_optimizer,
     mtp_weight,
 )
-from deepseek_jax.train.step import abstract_state, init_state, make_train_step, place_batch
+from deepseek_jax.train.step import abstract_state, init_state, make_train_step
 from deepseek_jax.types import Batch, TrainState, UserError
 
 # What --resume may change: nothing here alters the steps already made.
@@ -117,14 +114,17 @@ class Result(NamedTuple):
 def pretrain(config: PretrainConfig) -> Result | None:
     """Run, or continue, a pretraining; None if it was interrupted (and saved).
 
+    Where several processes train together (`distributed.initialize`), all call this.
+
     Leaves in ``config.out``: ``checkpoints/``, ``metrics.jsonl``, ``tensorboard/``,
     ``tokenizer.json``, ``run.json``, ``loss.png``, ``expert_load.png``, ``sample.txt``.
 
     Raises:
         UserError: for bad input, see ``types.UserError``.
     """
+    started = time.perf_counter()
     mesh = sharding.make_mesh(config.mesh)
-    rows = local_rows(config.loop.rows, mesh)
+    feed = divide_batch(config.loop.rows, config.data.seq_len, mesh)
     lr = learning_rate(config.optim, config.loop.steps)
     claim = functools.partial(
         claim_run_directory,
@@ -142,12 +142,12 @@ def pretrain(config: PretrainConfig) -> Result | None:
     def loss_fn(params, router_bias_LE, batch, totals, step):
         return pretrain_loss(model, params, router_bias_LE, batch, totals, lam(step))
 
-    shares = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     peak = peak_flops(jax.devices()[0])
     task = Task(
-        step=make_train_step(tx, loss_fn, bias_speed(config.optim, config.loop.steps)),
-        batches=train_batches(config.data, tokenizer, rows, **shares),
-        evaluate=make_evaluate(config.data, tokenizer, model, mesh, rows),
+        step=make_train_step(model, tx, loss_fn, bias_speed(config.optim, config.loop.steps)),
+        batches=TrainRows(config.data, tokenizer, feed),
+        feed=feed,
+        evaluate=make_evaluate(config.data, tokenizer, model, feed),
         learning_rate=lr,
         flops_per_token=training_flops_per_token(config.model, config.data.seq_len),
         peak_flops=peak and peak * mesh.size,
@@ -166,7 +166,7 @@ def pretrain(config: PretrainConfig) -> Result | None:
         _announce(config, mesh, restored.step if restored else 0)
         resumed = restored.step if restored else None
         with MetricsWriter(config.out, resumed_step=resumed) as writer:
-            outcome = fit(task, loop, state, mesh, saver, writer, restored)
+            outcome = fit(task, loop, state, saver, writer, restored, started=started)
             if not outcome.finished:
                 return None
             evaluation = task.evaluate(outcome.state, None)
@@ -205,7 +205,11 @@ def run_tokenizer(config: PretrainConfig) -> Tokenizer:
     if given:
         tokenizer = Tokenizer.load(given)
     else:
-        tokenizer = fit_tokenizer(config.data, config.model.vocab_size)
+        vocabulary = config.model.vocab_size
+        trained = distributed.from_first(
+            lambda: fit_tokenizer(config.data, vocabulary).to_json().encode()
+        )
+        tokenizer = Tokenizer.from_json(trained.decode())
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} tokens and the model a vocabulary of "
@@ -229,11 +233,12 @@ def _fresh_state(
 
 
 def make_evaluate(
-    data: DataConfig, tokenizer: Tokenizer, model: DeepSeekV3, mesh: Mesh, rows: int
+    data: DataConfig, tokenizer: Tokenizer, model: DeepSeekV3, feed: Feed
 ) -> Callable[[TrainState, int | None], Evaluation]:
     """Held-out loss of the main head, no MTP, current router bias."""
+    everywhere = NamedSharding(feed.where.mesh, PartitionSpec())
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=everywhere)
     def sums(state: TrainState, batch_1BT: Batch) -> tuple[jax.Array, jax.Array]:
         batch = Batch(*(x[0] for x in batch_1BT))
         hidden = hidden_states(model, state.params, state.router_bias_LE, batch, mtp=False)
@@ -243,15 +248,11 @@ def make_evaluate(
 
     def evaluate(state: TrainState, limit: int | None) -> Evaluation:
         totals = np.zeros(3)  # nats, tokens, bytes
-        shares = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-        for index, part in enumerate(eval_batches(data, tokenizer, rows, **shares)):
+        for index, part in enumerate(eval_batches(data, tokenizer, feed.total)):
             if limit is not None and index >= limit:
                 break
-            nats, tokens = sums(state, place_batch([part.batch], mesh))
-            num_bytes = part.num_bytes
-            if jax.process_count() > 1:
-                num_bytes = multihost_utils.process_allgather(np.int64(num_bytes)).sum()
-            totals += float(nats), float(tokens), float(num_bytes)
+            nats, tokens = sums(state, feed.place([feed.own(part.batch)]))
+            totals += float(nats), float(tokens), float(part.num_bytes)
         nats, tokens, num_bytes = totals
         return Evaluation(nats / tokens, nats / math.log(2) / num_bytes)
 
@@ -278,7 +279,10 @@ def _finish(
     evaluation: Evaluation,
 ) -> Result:
     """Pictures, baselines, a sample; printed by the first process."""
-    baselines = measure_baselines(config.data, tokenizer)
+    measured = distributed.from_first(
+        lambda: json.dumps(measure_baselines(config.data, tokenizer)).encode()
+    )
+    baselines = Baselines(*json.loads(measured))
     text = config.prompt + continue_text(
         dataclasses.replace(model, remat="none"),
         outcome.state.params,
