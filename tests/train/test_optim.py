@@ -6,12 +6,15 @@ import numpy as np
 import optax
 import pytest
 
-from deepseek_jax import DeepSeekV3, UserError
+from deepseek_jax import Batch, DeepSeekV3, Precision, UserError, sharding
+from deepseek_jax.checkpoint import Checkpointer
 from deepseek_jax.model.transformer import abstract_params
 from deepseek_jax.train import optim
 from deepseek_jax.train.loop import LoopConfig
+from deepseek_jax.train.losses import pretrain_loss
 from deepseek_jax.train.optim import OptimConfig
-from tests.configs import MICRO
+from deepseek_jax.train.step import abstract_state, init_state, make_train_step
+from tests.configs import MICRO, quick_jit
 
 STEPS = 148_000  # a step is 10^8 of the report's 14.8T tokens
 
@@ -106,3 +109,110 @@ def test_average_of_parameters_stays_out_of_the_way():
     )
     with pytest.raises(UserError, match="ema_decay"):
         optim.ema_params(runs["plain"][1])
+
+
+# --- number formats ---------------------------------------------------------------------------
+
+
+def test_moments_are_stored_as_asked_and_computed_in_float32():
+    """Against Adam written out, its moments rounded to bfloat16 after every step."""
+    config = OptimConfig(moments="bfloat16", weight_decay=0.0, clip_norm=1e9)
+    tx = optim.scale_by_adam(config)
+    rng = np.random.default_rng(0)
+    params = {"w": jnp.zeros((64, 8))}
+    state = tx.init(params)
+    assert {leaf.dtype for leaf in jax.tree.leaves((state.mu, state.nu))} == {
+        jnp.dtype(jnp.bfloat16)
+    }
+    mu = nu = jnp.zeros((64, 8), jnp.bfloat16)
+    for step in range(1, 6):
+        grad = jnp.asarray(rng.normal(size=(64, 8)), jnp.float32)
+        updates, state = tx.update({"w": grad}, state, params)
+        new_mu = 0.9 * mu.astype(jnp.float32) + 0.1 * grad
+        new_nu = 0.95 * nu.astype(jnp.float32) + 0.05 * grad**2
+        wanted = (new_mu / (1 - 0.9**step)) / (jnp.sqrt(new_nu / (1 - 0.95**step)) + 1e-8)
+        assert updates["w"].dtype == jnp.float32
+        # Not rounded on its way to the parameters: 1e-5, where bfloat16 would be off by 4e-3.
+        np.testing.assert_allclose(updates["w"], wanted, rtol=1e-5)
+        mu, nu = new_mu.astype(jnp.bfloat16), new_nu.astype(jnp.bfloat16)
+        for stored, expected in ((state.mu["w"], mu), (state.nu["w"], nu)):
+            assert stored.dtype == jnp.bfloat16
+            # A float32 rounding apart may end in the neighbouring bfloat16.
+            np.testing.assert_allclose(
+                stored.astype(jnp.float32), expected.astype(jnp.float32), rtol=2**-7
+            )
+
+
+def test_bfloat16_parameters_get_float32_moments_and_norm():
+    params = {"w": jnp.ones((300, 300), jnp.bfloat16)}
+    grads = {"w": jnp.full((300, 300), 0.01, jnp.bfloat16)}
+    tx = optax.chain(optim.clip(OptimConfig()), optim.scale_by_adam(OptimConfig()))
+    state = tx.init(params)
+    assert state[1].nu["w"].dtype == jnp.float32
+    updates, state = tx.update(grads, state, params)
+    assert updates["w"].dtype == jnp.float32
+    # The norm is 3: gradients, and so the first moment, are scaled to a norm of 1. Summed in
+    # bfloat16, 90,000 squares would stop growing at a fraction of it.
+    np.testing.assert_allclose(
+        np.linalg.norm(np.asarray(state[1].mu["w"], np.float64)), 0.1, rtol=1e-3
+    )
+
+
+def test_bfloat16_moments_come_back_from_a_checkpoint(tmp_path):
+    model = DeepSeekV3(MICRO, Precision(params="bfloat16"))
+    tx = optim.make_optimizer(OptimConfig(moments="bfloat16"), 10)
+    mesh = sharding.make_mesh("data=1", jax.devices()[:1])
+    abstract = abstract_state(model, tx, mesh)
+    key = jax.random.key(0)
+    state = jax.tree.map(
+        lambda x: jax.random.normal(key, x.shape).astype(x.dtype) if x.shape else x.dtype.type(3),
+        abstract,
+    )
+    state = jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), state, abstract)
+    moments = [x for x in jax.tree.leaves(state.opt_state) if x.ndim]
+    assert {x.dtype for x in moments} == {jnp.dtype(jnp.bfloat16)}
+    with Checkpointer(tmp_path) as saver:
+        saver.save(1, state, data_state={}, rng=key)
+        saver.wait()
+        back = saver.restore_latest(abstract)
+    for a, b in zip(jax.tree.leaves(back.state), jax.tree.leaves(state), strict=True):
+        assert a.dtype == b.dtype
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def losses(precision: Precision, steps: int = 60, **options: str) -> np.ndarray:
+    """Of a small model on four batches, which it could learn by heart: a mean for each round."""
+    config = MICRO.replace(num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=0)
+    model = DeepSeekV3(config, precision)
+    changes = {"peak_lr": 3e-3, "warmup_steps": 0, "weight_decay": 0.0}
+    tx = optim.make_optimizer(OptimConfig(**(changes | options)), 1000)
+    step = quick_jit(
+        make_train_step(
+            model,
+            tx,
+            lambda p, bias, b, t, _: pretrain_loss(model, p, bias, b, t, jnp.float32(0)),
+            lambda _: 0,
+        )
+    )
+    rng = np.random.default_rng(0)
+    tokens_NBT = rng.integers(0, config.vocab_size, (4, 4, 17)).astype(np.int32)
+    ones = np.ones((1, 4, 16), np.int32)
+    at = np.broadcast_to(np.arange(16, dtype=np.int32), ones.shape)
+    state, found = init_state(model, tx, jax.random.key(0)), []
+    for tokens_BT in (tokens_NBT[i % 4][None] for i in range(steps)):
+        batch = Batch(tokens_BT[..., :-1], tokens_BT[..., 1:], ones.astype(np.float32), at, ones)
+        state, metrics = step(state, batch, np.float32(np.inf))
+        found.append(float(metrics["loss"]))
+    return np.array(found).reshape(-1, 4).mean(1)
+
+
+def test_number_formats_of_the_state_learn_alike():
+    """float32 throughout, then the moments in bfloat16, then the parameters too."""
+    exact = losses(Precision(compute="float32"))
+    moments = losses(Precision(compute="float32"), moments="bfloat16")
+    params = losses(Precision(params="bfloat16", compute="float32"), moments="bfloat16")
+    assert exact[-1] < 0.5 * exact[0]
+    assert (moments != exact).any()
+    np.testing.assert_allclose(moments, exact, rtol=0.03)
+    # A parameter of bfloat16 keeps eight bits: what an update changes below them is lost.
+    np.testing.assert_allclose(params, exact, rtol=0.15)

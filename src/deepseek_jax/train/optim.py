@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from deepseek_jax.config import Dtype
 from deepseek_jax.types import Params, UserError
 
 Schedule = Callable[[Any], Any]  # of the number of updates applied, a number or traced
@@ -35,6 +36,8 @@ class OptimConfig:
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
+    moments: Dtype = "float32"
+    """Storage of both moments; V3: bfloat16 (section 3.3.2)."""
     weight_decay: float = 0.1
     """On matrices only: RMSNorm gains are not decayed."""
     clip_norm: float = 1.0
@@ -167,11 +170,41 @@ def ema_params(opt_state: Any) -> Params:
     return found[0].ema
 
 
+def scale_by_adam(config: OptimConfig) -> optax.GradientTransformation:
+    """Adam that computes in float32 whatever it stores its moments in (V3 section 3.3.2)."""
+    adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
+
+    def cast(state: Any, dtype: Any) -> Any:
+        mu, nu = (optax.tree.cast(tree, dtype) for tree in (state.mu, state.nu))
+        return state._replace(mu=mu, nu=nu)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = adam.update(updates, cast(state, jnp.float32), params)
+        return updates, cast(state, config.moments)
+
+    return optax.GradientTransformation(
+        lambda params: cast(adam.init(params), config.moments), update
+    )
+
+
+def clip(config: OptimConfig) -> optax.GradientTransformation:
+    """Clip by the norm of all gradients; from here on they are float32.
+
+    Gradients of bfloat16 parameters are bfloat16: so would their norm be, and the moments.
+    """
+    inner = optax.clip_by_global_norm(config.clip_norm)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        return inner.update(optax.tree.cast(updates, jnp.float32), state, params)
+
+    return optax.GradientTransformation(inner.init, update)
+
+
 def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
     """Clip, Adam, decoupled decay, schedule, and the optional average."""
     parts = [
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.scale_by_adam(config.b1, config.b2, config.eps),
+        clip(config),
+        scale_by_adam(config),
         optax.add_decayed_weights(config.weight_decay, mask=decays),
         optax.scale_by_learning_rate(learning_rate(config, steps)),
     ]
