@@ -105,7 +105,9 @@ _KERNELS = """
   %x = bf16[1024,256]{1,0} parameter(1)
   %dy = bf16[1024,128]{1,0} parameter(2)
   %w = bf16[4,256,128]{2,1,0} parameter(3)
-  %y = bf16[1024,128]{1,0} custom-call(%sizes, %x, %w), custom_call_target="tpu_custom_call", \
+  %s2 = s32[4]{0} custom-call(%sizes), custom_call_target="AssumeGatherIndicesInBound", \
+metadata={op_name="jit(f)/jit(gmm)/jit(_take)/gather"}
+  %y = bf16[1024,128]{1,0} custom-call(%s2, %x, %w), custom_call_target="tpu_custom_call", \
 metadata={op_name="jit(f)/jit(gmm)/pallas_call"}, \
 backend_config={"custom_call_config":{"cost_estimate":{"flops":"67108864","transcendentals":"0"}}}
   %dw = bf16[4,256,128]{2,1,0} custom-call(%sizes, %x, %dy), \

@@ -119,6 +119,8 @@ def _routed(config: PlanConfig, mesh: Mesh) -> Routed:
     devices = math.prod(mesh.shape[axis] for axis in sharding.COMPUTE["expert"])
     parts = sharding.batch_shards(mesh) * (1 if config.decode else sharding.sequence_shards(mesh))
     tokens = config.batch // config.micro_batches / parts * (1 if config.decode else config.seq)
+    if config.parallel.overlap and devices > 1 and not config.decode:
+        tokens /= 2  # a layer's two halves are dispatched one by one
     receivers = expected_receivers(config.model, devices)
     pairs = tokens * config.model.num_experts_per_tok
     return Routed(

@@ -115,6 +115,10 @@ def _traffic_rows(table: Table, plan: Plan) -> None:
     buffers = plan.sent(buffers=True)
     for (kind, axes), total in plan.sent().items():
         note = f"over {axes}"
+        those = [one for one in plan.collectives if (one.kind, "+".join(one.axes)) == (kind, axes)]
+        early = sum(one.total for one in those if one.is_async) / sum(one.total for one in those)
+        if early:
+            note += f", {early:.0%} asynchronous"
         if kind == "ragged-all-to-all":
             note += f"; its buffers {_bytes(buffers[kind, axes])}"
         table.add_row(kind, _bytes(total), note)

@@ -12,12 +12,12 @@ from deepseek_jax.plan.hlo import Computation, Instruction, Program, Shape
 # Neither read nor write: names for parts of what is there, and control flow.
 _FREE = frozenset(
     """parameter constant iota tuple get-tuple-element bitcast while call conditional after-all
-    partition-id replica-id opt-barrier domain copy-done async-start async-update async-done
-    all-gather-done all-reduce-done collective-permute-done""".split()  # noqa: SIM905
+    partition-id replica-id opt-barrier domain async-start async-update""".split()  # noqa: SIM905
 )
 _WINDOW = re.compile(r"window=\{([^}]*)\}")
 _LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
-_GROUPED_KERNEL = re.compile(r"ragged_dot_tiling|jit\(t?gmm\)")
+_KERNEL = 'custom_call_target="tpu_custom_call"'
+_GROUPED = re.compile(r"ragged_dot_tiling|jit\(t?gmm\)")
 _ESTIMATE = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')
 _DIMS = re.compile(r"(lhs|rhs)_(contracting|batch)_dims=\{([\d,]*)\}")
 
@@ -120,7 +120,8 @@ def is_ragged(instruction: Instruction) -> bool:
     """A grouped product: XLA's own, the kernel its TPU compiler makes of it, or megablox's."""
     return instruction.opcode == "ragged-dot" or (
         instruction.opcode == "custom-call"
-        and _GROUPED_KERNEL.search(instruction.attributes) is not None
+        and _KERNEL in instruction.attributes
+        and _GROUPED.search(instruction.attributes) is not None
     )
 
 
@@ -153,7 +154,7 @@ def _moved(program: Program, instruction: Instruction, computation: Computation)
     parameters, or writes one in place, only the slice is moved.
     """
     opcode = instruction.opcode
-    if opcode in _FREE:
+    if opcode in _FREE or opcode.endswith("-done"):
         return 0.0
     operands = [computation.instructions.get(name) for name in instruction.operands]
     reads = [_in_hbm(x.shapes) if x is not None else 0 for x in operands]
