@@ -14,6 +14,7 @@ from rich.console import Console
 from deepseek_jax import sharding
 from deepseek_jax.cli import main
 from deepseek_jax.config import Precision
+from deepseek_jax.model.dispatch import ExpertParallel
 from deepseek_jax.model.transformer import (
     DeepSeekV3,
     abstract_params,
@@ -22,7 +23,7 @@ from deepseek_jax.model.transformer import (
     init_router_bias,
 )
 from deepseek_jax.plan import compile as compiler
-from deepseek_jax.plan import hlo, topology
+from deepseek_jax.plan import hlo, topology, traffic
 from deepseek_jax.plan.collectives import collectives
 from deepseek_jax.plan.command import PlanConfig, plan
 from deepseek_jax.plan.search import candidates
@@ -40,8 +41,8 @@ DENSE = MICRO.replace(first_k_dense_replace=3, num_nextn_predict_layers=0)
 def _train(micro_batches: int) -> tuple[compiler.Compiled, Mesh]:
     mesh = sharding.make_mesh("data=8")
     model = DeepSeekV3(DENSE, F32, "full")
-    lower = compiler.training_step(model, OptimConfig(), mesh, micro_batches, 8, 16)
-    return compiler.compile_step(lower, mesh, lambda stage: None), mesh
+    step = compiler.training_step(model, OptimConfig(), mesh, micro_batches, 8, 16)
+    return compiler.compile_step(step, mesh, lambda stage: None), mesh
 
 
 def _sent(compiled, mesh):
@@ -74,6 +75,9 @@ def test_memory_of_arguments_is_that_of_parameters_and_moments():
     memory = _train(1)[0].memory
     assert memory is not None
     state = 3 * _param_bytes(DENSE)
+    mesh = sharding.make_mesh("data=8")
+    step = compiler.training_step(DeepSeekV3(DENSE, F32, "full"), OptimConfig(), mesh, 1, 8, 16)
+    assert step.arguments == pytest.approx(memory.arguments, rel=0.01)
     assert state <= memory.arguments <= 1.1 * state
     assert memory.aliased >= 0.9 * state  # donated
     assert memory.peak == (
@@ -167,13 +171,74 @@ def test_on_the_command_line_it_is_one_sentence_and_status_2(no_compile, capsys,
 
 def test_a_program_too_large_is_read_from_the_compilers_complaint():
     total = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 123.50G of 95.74G hbm."
-    assert compiler.needed_bytes(total) == 123.5 * 2**30
+    assert compiler.needed_bytes(total, 7) == 123.5 * 2**30
     parts = (
         "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
         "temporaries (2.91T) exceeds available HBM (95.74G)."
     )
-    assert compiler.needed_bytes(parts) == 2.91 * 2**40
-    assert compiler.needed_bytes("RESOURCE_EXHAUSTED: something else") == 0
+    assert compiler.needed_bytes(parts, 7) == 2.91 * 2**40 + 7
+    assert compiler.needed_bytes("RESOURCE_EXHAUSTED: something else", 7) == 0
+
+
+# --- the whole way, on devices that are here ----------------------------------------------------
+
+
+@pytest.fixture
+def slice_of_cpus(monkeypatch):
+    """Eight CPU devices in the places of a 2x2x2 slice."""
+    places = np.array(list(np.ndindex(2, 2, 2)))
+    monkeypatch.setattr("deepseek_jax.plan.command.topology_devices", lambda _: jax.devices())
+    monkeypatch.setattr("deepseek_jax.plan.report.coordinates", lambda mesh: places)
+
+
+def test_table_picture_and_json(slice_of_cpus, tmp_path):
+    config = PlanConfig(
+        model=MICRO.replace(num_hidden_layers=2, num_nextn_predict_layers=0),
+        topology="v5p:2x2x2",
+        mesh="fsdp=2,expert=4",
+        batch=16,
+        seq=16,
+        out=tmp_path,
+        parallel=ExpertParallel(dispatcher="ring"),
+    )
+    console = Console(record=True, width=120, force_terminal=False)
+    (found,) = plan(config, console)
+    assert found.memory is not None
+    assert found.roofline is not None
+    # The ring: 4 hops of tokens, ids, gates and sums, forward; more in the backward pass.
+    ring = [one for one in found.collectives if one.kind == "collective-permute"]
+    assert {one.axes for one in ring} == {("expert",)}
+    assert sum(one.total for one in ring) > 2 * 16 * traffic.ring_traffic(config.model, 4)
+    assert found.tokens == 16 * 16
+    assert found.roofline.compute == pytest.approx(found.flops / 459e12)
+    assert found.tokens_per_second == pytest.approx(256 / found.roofline.best)
+    text = console.export_text()
+    for word in ("fsdp=2,expert=4", "temporaries", "collective-permute", "bounds the step"):
+        assert word in text
+    record = json.loads((tmp_path / "plan.json").read_text())
+    assert record["memory"]["peak"] == found.memory.peak
+    assert record["roofline"]["bound"] == found.roofline.bound
+    assert sum(s["bytes"] for s in record["sent"]) == pytest.approx(sum(found.sent().values()))
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_search_ranks_what_fits_first(slice_of_cpus, tmp_path, monkeypatch):
+    good = compiler.Compiled(_train(1)[0].text, _train(1)[0].memory, 0.0, 1.0, 2.0)
+    large = compiler.Compiled("", None, 0.0, 1.0, 2.0, "RESOURCE_EXHAUSTED: no room", 3e12)
+    answers = iter([large, good, large._replace(needed=2e12), good])
+    monkeypatch.setattr(compiler, "compile_step", lambda *args: next(answers))
+    tries = [(mesh, remat) for mesh in ("data=8", "fsdp=8") for remat in ("full", "selective")]
+    monkeypatch.setattr("deepseek_jax.plan.command.candidates", lambda *a, **k: tries)
+    config = PlanConfig(
+        model=DENSE, topology="v5p:2x2x2", batch=8, seq=16, search=True, out=tmp_path
+    )
+    console = Console(record=True, width=120, force_terminal=False)
+    found = plan(config, console)
+    assert [one.fits for one in found] == [True, True, False, False]
+    assert [one.needed for one in found[2:]] == [2e12, 3e12]
+    assert console.export_text().count("does not fit") == 2
+    stored = json.loads((tmp_path / "search.json").read_text())
+    assert [one["fits"] for one in stored] == [True, True, False, False]
 
 
 # --- search ------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -90,7 +89,7 @@ def plan_one(
     config: PlanConfig, topology: Topology, mesh: Mesh, console: Console, prefix: str = ""
 ) -> Plan:
     """One mesh and one policy."""
-    lower, tokens, flops = _step(config, mesh)
+    step, tokens, flops = _step(config, mesh)
     remat = "" if config.decode else f", remat {config.remat or 'full'}"
     title = (
         f"{param_counts(config.model).total / 1e9:.0f}B, "
@@ -98,7 +97,7 @@ def plan_one(
         f"batch {config.batch}, seq {config.seq}{remat}"
     )
     with Stage(console, prefix + title) as stage:
-        compiled = compiler.compile_step(lower, mesh, stage.say)
+        compiled = compiler.compile_step(step, mesh, stage.say)
     if config.save_hlo and compiled.text:
         config.out.mkdir(parents=True, exist_ok=True)
         (config.out / "program.hlo.txt").write_text(compiled.text, encoding="utf-8")
@@ -128,8 +127,8 @@ def _routed(config: PlanConfig, mesh: Mesh) -> Routed:
     )
 
 
-def _step(config: PlanConfig, mesh: Mesh) -> tuple[Callable[[], object], int, float]:
-    """How to lower it, its tokens, and its FLOPs on paper."""
+def _step(config: PlanConfig, mesh: Mesh) -> tuple[compiler.Step, int, float]:
+    """It, its tokens, and its FLOPs on paper."""
     compiler.check_rows(config.batch, config.micro_batches, config.seq, mesh)
     if config.decode:
         precision = dataclasses.replace(config.precision, params=config.precision.compute)
@@ -140,10 +139,10 @@ def _step(config: PlanConfig, mesh: Mesh) -> tuple[Callable[[], object], int, fl
         c = config.model
         attention = 2 * c.num_attention_heads * (2 * c.kv_lora_rank + c.qk_rope_head_dim)
         per_token = 2.0 * param_counts(c).active + attention * config.seq * c.num_hidden_layers
-        lower = compiler.decode_step(model, mesh, config.batch, config.seq)
-        return lower, config.batch, per_token * config.batch
+        step = compiler.decode_step(model, mesh, config.batch, config.seq)
+        return step, config.batch, per_token * config.batch
     model = DeepSeekV3(config.model, config.precision, config.remat or "full", config.parallel)
-    lower = compiler.training_step(
+    step = compiler.training_step(
         model,
         OptimConfig(moments=config.moments),
         mesh,
@@ -152,7 +151,7 @@ def _step(config: PlanConfig, mesh: Mesh) -> tuple[Callable[[], object], int, fl
         config.seq,
     )
     tokens = config.batch * config.seq
-    return lower, tokens, training_flops_per_token(config.model, config.seq) * tokens
+    return step, tokens, training_flops_per_token(config.model, config.seq) * tokens
 
 
 def _short(mesh: Mesh) -> str:

@@ -1,5 +1,6 @@
 """The real training step, or the real decode step, compiled for devices that need not exist."""
 
+import math
 import re
 import time
 from collections.abc import Callable
@@ -57,17 +58,23 @@ class Compiled(NamedTuple):
     compile_seconds: float
     too_large: str = ""
     """What the compiler said, if the program does not fit the device."""
-    needed: float = 0
+    needed: float = 0.0
     """Bytes that it would have needed, where the compiler said so."""
+
+
+class Step(NamedTuple):
+    """A step that can be compiled."""
+
+    lower: Callable[[], Any]
+    """Traces and lowers it, under the mesh."""
+    arguments: int
+    """Bytes of its arguments on a device."""
 
 
 def training_step(
     model: DeepSeekV3, optim: OptimConfig, mesh: Mesh, micro_batches: int, rows: int, seq_len: int
-) -> Callable[[], Any]:
-    """What ``pretrain`` runs: loss, gradients, clip, Adam, router bias, the state donated.
-
-    Returns a function that traces and lowers it.
-    """
+) -> Step:
+    """What ``pretrain`` runs: loss, gradients, clip, Adam, router bias, the state donated."""
     tx = make_optimizer(optim, _STEPS)
     weight = mtp_weight(optim, _STEPS)
 
@@ -85,10 +92,10 @@ def training_step(
     batch = Batch(ints, ints, array(jnp.float32), ints, ints)
     limit = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.sharding(mesh))
     jitted: Any = jit_step(step, state)
-    return lambda: jitted.lower(state, batch, limit)
+    return Step(lambda: jitted.lower(state, batch, limit), _bytes((state, batch)))
 
 
-def decode_step(model: DeepSeekV3, mesh: Mesh, rows: int, slots: int) -> Callable[[], Any]:
+def decode_step(model: DeepSeekV3, mesh: Mesh, rows: int, slots: int) -> Step:
     """One token for every row, from and into a latent cache that is donated.
 
     Runs per device like training, its collectives those that the model states: left to itself
@@ -107,7 +114,7 @@ def decode_step(model: DeepSeekV3, mesh: Mesh, rows: int, slots: int) -> Callabl
         jitted = jax.jit(decode_per_device(model, mesh), donate_argnums=3)
         return jitted.lower(params, bias, tokens, cache)
 
-    return lower
+    return Step(lower, _bytes((params, cache)))
 
 
 _CACHE_SPECS = KVCache(
@@ -137,12 +144,18 @@ def _placed(mesh: Mesh, shapes: Any, specs: Any) -> Any:
     )
 
 
-def compile_step(lower: Callable[[], Any], mesh: Mesh, say: Callable[[str], None]) -> Compiled:
+def _bytes(tree: Any) -> int:
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    )
+
+
+def compile_step(step: Step, mesh: Mesh, say: Callable[[str], None]) -> Compiled:
     """Trace, lower and compile under the mesh; ``say`` hears which of them is under way."""
     started = time.perf_counter()
     with jax.set_mesh(mesh):
         say("tracing")
-        lowered = lower()
+        lowered = step.lower()
         traced = time.perf_counter()
         say("compiling")
         try:
@@ -152,8 +165,8 @@ def compile_step(lower: Callable[[], Any], mesh: Mesh, say: Callable[[str], None
             if "RESOURCE_EXHAUSTED" not in message:
                 raise
             seconds = time.perf_counter() - traced
-            needed = needed_bytes(message)
-            return Compiled("", None, 0, traced - started, seconds, message, needed)
+            needed = needed_bytes(message, step.arguments)
+            return Compiled("", None, 0.0, traced - started, seconds, message, needed)
         seconds = time.perf_counter() - traced
     say("reading")
     stats = compiled.memory_analysis()
@@ -164,18 +177,19 @@ def compile_step(lower: Callable[[], Any], mesh: Mesh, say: Callable[[str], None
         stats.temp_size_in_bytes,
         stats.generated_code_size_in_bytes,
     )
-    flops = (compiled.cost_analysis() or {}).get("flops", 0.0)
+    flops = float((compiled.cost_analysis() or {}).get("flops", 0.0))
     return Compiled(compiled.as_text(), memory, flops, traced - started, seconds)
 
 
-def needed_bytes(message: str) -> float:
-    """The size in XLA's complaint that a program does not fit; 0 if it names none."""
-    for pattern in (
-        r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm",
-        r"temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM",
-    ):
-        if found := re.search(pattern, message):
-            return float(found[1]) * _UNITS[found[2]]
+def needed_bytes(message: str, arguments: int) -> float:
+    """The memory that a program would have needed, by XLA's complaint; 0 if it names no size.
+
+    Where temporaries alone are too large it says nothing of the arguments.
+    """
+    if found := re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", message):
+        return float(found[1]) * _UNITS[found[2]]
+    if found := re.search(r"temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM", message):
+        return float(found[1]) * _UNITS[found[2]] + arguments
     return 0.0
 
 

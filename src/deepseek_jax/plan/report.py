@@ -146,7 +146,9 @@ def analyse(
         "rows": routed.rows,
     }
     if compiled.memory is None:
-        return Plan(**common, flops=0, hbm_bytes=0, collectives=(), open_loops=(), roofline=None)
+        return Plan(
+            **common, flops=0.0, hbm_bytes=0.0, collectives=(), open_loops=(), roofline=None
+        )
     program = hlo.parse(compiled.text)
     done = work.count(program, routed.pairs)
     flops = done.flops + done.ragged_flops
