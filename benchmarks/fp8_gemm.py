@@ -49,7 +49,8 @@ _NT = (((1,), (1,)), ((), ()))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
-def _operands(key, m, n, k, b_in_tiles):
+def operands(key, m, n, k, b_in_tiles):
+    """Random operands, quantized, and the same in BF16."""
     keys = jax.random.split(key, 3)
     # Rows of different magnitude: equal scales would hide a scale taken from the wrong row.
     a = jax.random.normal(keys[0], (m, k)) * jnp.exp(jax.random.normal(keys[1], (m, 1)))
@@ -93,7 +94,7 @@ def _row(label, shape, multiply, inputs, *, check=False):
 
 
 def _sets(shape, b_in_tiles=False, count=2):
-    return [_operands(jax.random.key(seed), *shape, b_in_tiles) for seed in range(count)]
+    return [operands(jax.random.key(seed), *shape, b_in_tiles) for seed in range(count)]
 
 
 def table(shapes):
@@ -119,7 +120,7 @@ def sweep(shape):
     print(f"\nM, N, K = {shape}")
     inputs = [s[:2] for s in _sets(shape)]
     rates = {}
-    default = hopper.choose_tiling(
+    default = hopper.tiling_by_rule(
         shape[0], shape[1], b_in_tiles=False, multiprocessors=compat.multiprocessors()
     )
     for change in CHANGES:

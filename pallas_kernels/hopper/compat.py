@@ -27,6 +27,11 @@ def is_hopper() -> bool:
     return device.platform == "gpu" and getattr(device, "compute_capability", "") == "9.0"
 
 
+def device_kind() -> str:
+    """What jax calls the default device."""
+    return jax.local_devices()[0].device_kind
+
+
 def multiprocessors() -> int:
     """Multiprocessors of the default device."""
     return jax.local_devices()[0].core_count if is_hopper() else _H100_MULTIPROCESSORS

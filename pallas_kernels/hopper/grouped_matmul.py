@@ -31,7 +31,7 @@ from pallas_kernels.reference import TILE, Quantized
 _WARPGROUPS = 2
 _ROWS = 64
 _PART = (_WARPGROUPS * _ROWS, 128)  # of a tile: what is multiplied at a time
-_TALL_FROM = 1024  # rows per group, on average, from which FP8 tiles are tall
+_TALL_FROM = 2048  # rows per group, on average, from which FP8 tiles are tall
 _ALIGNMENT = 8  # rows
 _STORE_COLUMNS = 64  # 128 bytes of bfloat16: the alignment that TMA asks of a row stored by itself
 _STEP_BYTES = 128  # of K in a stage: 64 bfloat16 or 128 E4M3

@@ -28,7 +28,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.hopper import compat
+from pallas_kernels.hopper import compat, tilings
 from pallas_kernels.hopper.ring import Ring
 from pallas_kernels.reference import TILE, Quantized, RaggedTiles, has_block_scales
 
@@ -71,8 +71,18 @@ class Tiling:
         return self.waves * self.warpgroups * _ROWS
 
 
-def choose_tiling(m: int, n: int, *, b_in_tiles: bool, multiprocessors: int) -> Tiling:
-    """A tiling for a shape, from what was measured on an H100 (docs/performance.md)."""
+def choose_tiling(
+    m: int, n: int, k: int, *, b_in_tiles: bool, device: str, multiprocessors: int
+) -> Tiling:
+    """The fastest tiling measured on this kind of device for the shape, else one by rule."""
+    operation = f"fp8_matmul, {'tiles' if b_in_tiles else 'blocks'}"
+    if found := tilings.measured(device, operation, m, n, k):
+        return Tiling(**found)
+    return tiling_by_rule(m, n, b_in_tiles=b_in_tiles, multiprocessors=multiprocessors)
+
+
+def tiling_by_rule(m: int, n: int, *, b_in_tiles: bool, multiprocessors: int) -> Tiling:
+    """A tiling for any shape, after what was measured on an H100 (docs/performance.md)."""
     # A tall tile is cheaper per row, unless it leaves multiprocessors idle. With a scale per column
     # as well, promotion takes so long that two consumers cannot hide it: a third can.
     tall = Tiling(waves=1, warpgroups=3, store_slots=2) if b_in_tiles else Tiling(waves=2)
@@ -116,7 +126,14 @@ def fp8_matmul(
     if a.scale.shape != (pl.cdiv(k, TILE), m):
         raise ValueError("the left operand needs 1x128 tile scales")
     multiprocessors = compat.multiprocessors()
-    tiling = tiling or choose_tiling(m, n, b_in_tiles=b_in_tiles, multiprocessors=multiprocessors)
+    tiling = tiling or choose_tiling(
+        m,
+        n,
+        k,
+        b_in_tiles=b_in_tiles,
+        device=compat.device_kind(),
+        multiprocessors=multiprocessors,
+    )
     if 0 in (m, n, k):
         return jnp.zeros((m, n), out_dtype)
 
@@ -153,7 +170,7 @@ def fp8_grouped_wgrad(
         b: [N, 128 T] values, likewise.
         tiles: Which of the tiles belong to each group; the others are not looked at.
         out_dtype: bfloat16 or float32.
-        tiling: Instead of the default of `choose_tiling`.
+        tiling: Instead of the default of `tiling_by_rule`.
         interpret: Simulate on the CPU.
 
     Raises:
@@ -165,7 +182,7 @@ def fp8_grouped_wgrad(
     if m % TILE or n % TILE:
         raise ValueError(f"M and N must be multiples of {TILE}, not {m} and {n}")
     multiprocessors = compat.multiprocessors()
-    tiling = tiling or choose_tiling(m, n, b_in_tiles=True, multiprocessors=multiprocessors)
+    tiling = tiling or tiling_by_rule(m, n, b_in_tiles=True, multiprocessors=multiprocessors)
     groups = len(tiles.tiles_G)
     kernel = _Kernel(m, n, k, True, jnp.dtype(out_dtype), tiling, groups)
     call = kernel.call(multiprocessors, interpret)

@@ -182,9 +182,10 @@ def test_hopper_grouped_wgrad(out_dtype, how, sizes):
     assert np.isfinite(want).all()
     a, b = (q._replace(values=jnp.abs(q.values.astype(jnp.float32))) for q in (a, b))
     magnitude = np.asarray(reference.fp8_grouped_wgrad(a, b, tiles), np.float64)
-    # Tensor cores keep about 14 bits of the largest product of each 32 (see test_matmul).
+    # Tensor cores cut each of 32 products off at 13 bits below the largest of them, and here a few
+    # large rows stand above the others.
     rounding = 2.0**-8 if out_dtype == jnp.bfloat16 else 0
-    bound = (1e-5 if how else 8 * 2.0**-13) * magnitude + rounding * np.abs(want)
+    bound = (1e-5 if how else 32 * 2.0**-13) * magnitude + rounding * np.abs(want)
     assert (np.abs(np.asarray(got, np.float64) - want) <= bound).all()
 
 
