@@ -221,8 +221,11 @@ def _draw_time(axes: "Axes", plan: Plan) -> None:
 
 def _draw_traffic(axes: "Axes", plan: Plan) -> None:
     sent = plan.sent()
-    kinds = list(dict.fromkeys(kind for kind, _ in sent))
-    names = list(dict.fromkeys(over for _, over in sent))[:6]
+    # Axes over which next to nothing goes (scalars of the loss) would be empty rows.
+    least = max(sent.values(), default=0.0) / 200
+    names = list(dict.fromkeys(over for (_, over), size in sent.items() if size >= least))
+    sent = {(kind, over): size for (kind, over), size in sent.items() if over in names}
+    kinds = list(dict.fromkeys(kind for (kind, _), size in sent.items() if size >= least))
     left = dict.fromkeys(names, 0.0)
     for kind, colour in zip(kinds, _COLOURS * 2, strict=False):
         widths: list[Any] = [sent.get((kind, name), 0.0) / 1e9 for name in names]
