@@ -1,8 +1,8 @@
 """Tilings measured on a device: a table that `benchmarks/autotune.py` rewrites.
 
 An entry is for one form of product, N and K, and for the M that it was measured at up to the next
-larger one (past the largest, for all). What the table lacks, a rule decides: see `choose_tiling` in
-`pallas_kernels.hopper.matmul`.
+larger one, but less than twice its own: how many tiles there are decides as much as their form. What
+the table lacks, a rule decides: see `choose_tiling` in `pallas_kernels.hopper.matmul`.
 """
 
 import functools
@@ -19,14 +19,14 @@ def measured(device: str, operation: str, m: int, n: int, k: int) -> dict[str, A
     Args:
         device: The device's kind, as jax names it.
         operation: For example ``fp8_matmul, blocks``.
-        m: Rows of the result; the entry with the largest M that is not larger is taken.
+        m: Rows of the result.
         n: Columns of the result.
         k: The contracted size.
     """
     found = [
         entry
         for entry in _table().get(device, {}).get(operation, [])
-        if (entry["n"], entry["k"]) == (n, k) and entry["m"] <= m
+        if (entry["n"], entry["k"]) == (n, k) and entry["m"] <= m < 2 * entry["m"]
     ]
     return max(found, key=lambda entry: entry["m"])["tiling"] if found else None
 

@@ -27,13 +27,19 @@ def choose(m, n=512, k=1024, device="a GPU", b_in_tiles=False):
 def test_an_entry_holds_from_its_m_to_the_next(table):
     rule = choose(300)
     assert rule == matmul.tiling_by_rule(300, 512, b_in_tiles=False, multiprocessors=132)
-    for m, tiling in ((256, A), (1024, B)):
+    for m, tiling in ((256, A), (400, B)):
         entry = dict(m=m, n=512, k=1024, tiling=tiling)
         autotune.write("a GPU", "fp8_matmul, blocks", (m, 512, 1024), entry)
-    assert choose(256) == choose(1023) == matmul.Tiling(**A)
-    assert choose(1024) == choose(99999) == matmul.Tiling(**B)
-    # Anything that was not measured goes by the rule: fewer rows, other sides, device and form.
-    for other in (dict(m=255), dict(m=300, n=256), dict(m=300, k=128), dict(m=300, device="other")):
+    assert choose(256) == choose(399) == matmul.Tiling(**A)
+    assert choose(400) == choose(799) == matmul.Tiling(**B)
+    # Anything that was not measured goes by the rule: other rows, sides, device and form.
+    for other in (
+        dict(m=255),
+        dict(m=800),
+        dict(m=300, n=256),
+        dict(m=300, k=128),
+        dict(m=300, device="other"),
+    ):
         rule = matmul.tiling_by_rule(
             other["m"], other.get("n", 512), b_in_tiles=False, multiprocessors=132
         )
