@@ -1,8 +1,8 @@
 """Tilings measured on a device: a table that `benchmarks/autotune.py` rewrites.
 
 An entry is for one form of product, N and K, and for the M that it was measured at up to the next
-larger one, but less than twice its own: how many tiles there are decides as much as their form. What
-the table lacks, a rule decides: see `choose_tiling` in `pallas_kernels.hopper.matmul`.
+larger one, but less than twice its own: how many tiles there are decides as much as their form.
+What the table lacks, a rule decides: see `choose_tiling` in `pallas_kernels.hopper.matmul`.
 """
 
 import functools
