@@ -22,7 +22,7 @@ from pallas_kernels import backend, reference
 from pallas_kernels.reference import TILE, Quantized, RaggedTiles
 
 Impl = Literal["auto", "hopper", "tpu", "blocked"]
-Fp8Impl = Literal["auto", "hopper", "reference"]
+Fp8Impl = Literal["auto", "hopper", "tpu", "reference"]
 
 # Rows per dense product. A group wastes half a block on average, so small blocks for few rows;
 # large enough that the product, not the loop around it, takes the time.
@@ -92,16 +92,21 @@ def fp8_grouped_matmul(
         b: [G, N, K] values with 128x128 block scales.
         group_sizes_G: rows of each group, 0 allowed; the sum may be less than M.
         out_dtype: bfloat16 or float32 (which ``hopper`` lacks); sums are FP32.
-        impl: ``hopper`` needs K and N that are multiples of 128. ``reference`` does G times the
-            work. ``auto`` takes hopper where it can run, and logs what it took.
+        impl: ``hopper`` and ``tpu`` need K and N that are multiples of 128. ``reference`` does G
+            times the work. ``auto`` takes what can run, and logs it.
     """
     _, N, K = b.values.shape
-    fits = K % TILE == N % TILE == 0 and out_dtype == jnp.bfloat16 and 0 not in a.values.shape
-    if _pick_fp8("fp8_grouped_matmul", fits, impl) == "reference":
-        return reference.fp8_grouped_matmul(a, b, group_sizes_G, out_dtype=out_dtype)
-    from pallas_kernels.hopper import grouped_matmul as kernel
+    fits = K % TILE == N % TILE == 0 and 0 not in (*a.values.shape, *b.values.shape)
+    impl = _pick_fp8("fp8_grouped_matmul", fits, impl, on_hopper=out_dtype == jnp.bfloat16)
+    if impl == "hopper":
+        from pallas_kernels.hopper import grouped_matmul as hopper
 
-    return kernel.fp8_grouped_matmul(a, b, group_sizes_G)
+        return hopper.fp8_grouped_matmul(a, b, group_sizes_G)
+    if impl == "tpu":
+        from pallas_kernels.tpu import grouped_matmul as tpu
+
+        return tpu.fp8_grouped_matmul(a, b, group_sizes_G, out_dtype=out_dtype)
+    return reference.fp8_grouped_matmul(a, b, group_sizes_G, out_dtype=out_dtype)
 
 
 def fp8_grouped_wgrad(
@@ -120,25 +125,36 @@ def fp8_grouped_wgrad(
         b: [N, 128 T] values, likewise.
         tiles: From `ragged_tiles`.
         out_dtype: float32 or bfloat16; sums are FP32, promoted every tile.
-        impl: as in `fp8_grouped_matmul`; ``hopper`` needs M and N that are multiples of 128.
+        impl: as in `fp8_grouped_matmul`; M and N must be multiples of 128 for the kernels.
     """
     fits = a.values.shape[0] % TILE == b.values.shape[0] % TILE == 0
     fits = fits and 0 not in (*a.values.shape, *b.values.shape)
-    if _pick_fp8("fp8_grouped_wgrad", fits, impl) == "reference":
-        return reference.fp8_grouped_wgrad(a, b, tiles, out_dtype=out_dtype)
-    from pallas_kernels.hopper import matmul as kernel
+    impl = _pick_fp8("fp8_grouped_wgrad", fits, impl)
+    if impl == "hopper":
+        from pallas_kernels.hopper import matmul as hopper
 
-    return kernel.fp8_grouped_wgrad(a, b, tiles, out_dtype=out_dtype)
+        return hopper.fp8_grouped_wgrad(a, b, tiles, out_dtype=out_dtype)
+    if impl == "tpu":
+        from pallas_kernels.tpu import grouped_matmul as tpu
+
+        return tpu.fp8_grouped_wgrad(a, b, tiles, out_dtype=out_dtype)
+    return reference.fp8_grouped_wgrad(a, b, tiles, out_dtype=out_dtype)
 
 
-def _pick_fp8(operation: str, fits: bool, impl: Fp8Impl) -> Fp8Impl:
+def _pick_fp8(operation: str, fits: bool, impl: Fp8Impl, *, on_hopper: bool = True) -> Fp8Impl:
+    """What to run. ``fits``: whether kernels take the shapes; ``on_hopper``: and the one there."""
     if impl == "auto":
-        impl = "hopper" if fits and backend.on_hopper() else "reference"
+        impl = "reference"
+        if fits and backend.platform() == "tpu":
+            impl = "tpu"
+        elif fits and on_hopper and backend.on_hopper():
+            impl = "hopper"
         backend.say_once(operation, impl)
-    if impl == "hopper" and not fits:
-        raise ValueError(f"{operation}: impl='hopper' needs sides that are multiples of {TILE}")
-    if impl not in ("hopper", "reference"):
-        raise ValueError(f"unknown implementation {impl!r}")
+    elif impl != "reference" and not (fits and (on_hopper or impl != "hopper")):
+        raise ValueError(
+            f"{operation}: impl={impl!r} needs sides that are multiples of {TILE}, "
+            "and on Hopper a bfloat16 result"
+        )
     return impl
 
 

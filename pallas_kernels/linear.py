@@ -33,7 +33,6 @@ from pallas_kernels.matmul import fp8_matmul
 from pallas_kernels.quantize import quantize_blocks_both, quantize_tiles_both, ragged_tiles
 
 Impl = Literal["auto", "hopper", "tpu", "reference"]
-GroupedImpl = Literal["auto", "hopper", "reference"]
 
 
 def fp8_linear(
@@ -58,7 +57,7 @@ def fp8_grouped_linear(
     w_GKN: Float[Array, "G K N"],
     group_sizes_G: Int[Array, "G"],
     *,
-    impl: GroupedImpl = "auto",
+    impl: Impl = "auto",
 ) -> Float[Array, "M N"]:
     """`grouped_matmul` with the forward product and both gradients in FP8.
 
@@ -67,8 +66,8 @@ def fp8_grouped_linear(
             gradient, which affects nothing.
         w_GKN: one matrix per group.
         group_sizes_G: rows of each group, 0 allowed; the sum may be less than M.
-        impl: of the products; ``hopper`` needs bfloat16 activations, and K and N that are multiples
-            of 128. ``reference`` does G times the work.
+        impl: of the products; ``hopper`` needs bfloat16 activations, and, like ``tpu``, K and N
+            that are multiples of 128. ``reference`` does G times the work.
 
     Returns:
         ``[M, N]`` in the dtype of ``x``.
@@ -76,7 +75,7 @@ def fp8_grouped_linear(
     return _grouped(*backend.varying_alike(x_MK, w_GKN, group_sizes_G), impl)
 
 
-def _quantizer(impl: Impl | GroupedImpl) -> Literal["auto", "reference"]:
+def _quantizer(impl: Impl) -> Literal["auto", "reference"]:
     return "reference" if impl == "reference" else "auto"
 
 
@@ -106,7 +105,7 @@ _linear.defvjp(_linear_fwd, _linear_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _grouped(x_MK: jax.Array, w_GKN: jax.Array, sizes_G: jax.Array, impl: GroupedImpl):
+def _grouped(x_MK: jax.Array, w_GKN: jax.Array, sizes_G: jax.Array, impl: Impl):
     return _grouped_fwd(x_MK, w_GKN, sizes_G, impl)[0]
 
 

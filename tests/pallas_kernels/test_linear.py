@@ -208,5 +208,5 @@ def test_explicit_impl_never_falls_back():
     x, w, _ = arrays(128, 128, 128)
     with pytest.raises(ValueError, match="interpret mode"):
         linear.fp8_linear(x, w, impl="hopper")
-    with pytest.raises(ValueError, match="multiples of 128"):
+    with pytest.raises(ValueError, match="a bfloat16 result"):
         linear.fp8_grouped_linear(x, w[None], jnp.asarray([128], jnp.int32), impl="hopper")

@@ -8,28 +8,64 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from pallas_kernels import reference
+from pallas_kernels import quantize, reference
 from pallas_kernels.reference import Quantized
-from pallas_kernels.tpu import matmul
+from pallas_kernels.tpu import grouped_matmul, matmul
 
 pytest.importorskip("libtpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else libtpu asks a metadata server, and waits
 
 
-@pytest.mark.parametrize(
+each_chip = pytest.mark.parametrize(
     ("topology", "native_fp8"), [("v5p:2x2x1", False), ("v6e:2x2", False), ("tpu7x:2x2x1", True)]
 )
-@pytest.mark.parametrize("b_in_tiles", [False, True], ids=["blocks", "tiles"])
-@pytest.mark.parametrize(("m", "n", "k"), [(4096, 7168, 2048), (1000, 576, 7168), (300, 200, 520)])
-def test_fp8_matmul(topology, native_fp8, b_in_tiles, m, n, k):
+
+
+def shapes_on(topology):
+    """Of arrays on one chip of a topology."""
     chip = topologies.get_topology_desc(topology, "tpu").devices[0]
 
     def shape(*sizes, dtype=jnp.float32):
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=SingleDeviceSharding(chip))
 
+    return shape
+
+
+@each_chip
+@pytest.mark.parametrize("b_in_tiles", [False, True], ids=["blocks", "tiles"])
+@pytest.mark.parametrize(("m", "n", "k"), [(4096, 7168, 2048), (1000, 576, 7168), (300, 200, 520)])
+def test_fp8_matmul(topology, native_fp8, b_in_tiles, m, n, k):
+    shape = shapes_on(topology)
     tiles = -(-k // 128)
     a = Quantized(shape(m, k, dtype=reference.E4M3), shape(tiles, m))
     scale = shape(tiles, n) if b_in_tiles else shape(-(-n // 128), tiles)
     b = Quantized(shape(n, k, dtype=reference.E4M3), scale)
     multiply = jax.jit(lambda a, b: matmul.fp8_matmul(a, b, native_fp8=native_fp8))
     assert multiply.lower(a, b).compile() is not None
+
+
+@each_chip
+@pytest.mark.parametrize(
+    ("m", "k", "n", "groups"), [(4096, 7168, 4096, 8), (1000, 2048, 7168, 64), (264, 384, 256, 3)]
+)
+def test_fp8_grouped(topology, native_fp8, m, k, n, groups):
+    shape = shapes_on(topology)
+    sizes = shape(groups, dtype=jnp.int32)
+
+    def rows(a, a_scale, b, b_scale, sizes):
+        a, b = Quantized(a, a_scale), Quantized(b, b_scale)
+        return grouped_matmul.fp8_grouped_matmul(a, b, sizes, native_fp8=native_fp8)
+
+    a = shape(m, k, dtype=reference.E4M3), shape(k // 128, m)
+    b = shape(groups, n, k, dtype=reference.E4M3), shape(groups, n // 128, k // 128)
+    assert jax.jit(rows).lower(*a, *b, sizes).compile() is not None
+
+    def wgrad(a, a_scale, b, b_scale, sizes):
+        a, b = Quantized(a, a_scale), Quantized(b, b_scale)
+        tiles = quantize.ragged_tiles(sizes, m)
+        return grouped_matmul.fp8_grouped_wgrad(a, b, tiles, native_fp8=native_fp8)
+
+    most = (m + 127 * groups) // 128
+    a = shape(k, 128 * most, dtype=reference.E4M3), shape(most, k)
+    b = shape(n, 128 * most, dtype=reference.E4M3), shape(most, n)
+    assert jax.jit(wgrad).lower(*a, *b, sizes).compile() is not None
