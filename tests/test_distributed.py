@@ -218,6 +218,15 @@ def test_axes_that_cross_processes(place, tmp_path, mesh, streams):
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=2e-5)
 
 
+@pytest.mark.slow
+def test_two_processes_start_from_the_weights_of_another_run(place, uninterrupted, tmp_path):
+    extra = ["--steps", "12", "--init", str(uninterrupted)]
+    place.finish(tmp_path / "two", *extra)
+    place.finish(tmp_path / "one", *extra, "--streams", "2", count=1, devices=2)
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=2e-5)
+    assert losses(tmp_path / "two")[0] < losses(uninterrupted)[0] - 0.01
+
+
 # --- ending together --------------------------------------------------------------------------
 
 ALONE = """
@@ -245,10 +254,54 @@ ALONE = """
 """
 
 
-def end_of(how: str, victim: int) -> tuple[list[Ended], float]:
+SAVING = """
+    import sys
+    from deepseek_jax import cli, distributed
+
+    process, port, victim, out = int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
+    with cli._ends_in_a_sentence():
+        distributed.initialize(distributed.Cluster(f"localhost:{port}", 2, process))
+        import jax, numpy as np
+        import jax.numpy as jnp
+        from jax.sharding import Mesh, NamedSharding, PartitionSpec
+        from orbax.checkpoint._src.checkpointers import async_checkpointer
+        from deepseek_jax.checkpoint import Checkpointer
+        from deepseek_jax.types import TrainState
+
+        def fail(*_, **__):
+            raise OSError(5, "Input/output error")
+
+        if process == victim:
+            async_checkpointer._background_wait_for_commit_futures = fail
+        mesh = Mesh(np.array(jax.devices()), ("data",))
+        where = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+        w = jax.jit(lambda: jnp.arange(64.0), out_shardings=where[0])()
+        step, bias = jax.device_put((np.int32(1), np.ones((1, 2), np.float32)), where[1])
+        print("ready", flush=True)
+        with jax.set_mesh(mesh), Checkpointer(out) as saver:
+            state = TrainState(step, {"w": w}, (), bias)
+            saver.save(1, state, data_state={}, rng=jax.random.key(0))
+            saver.wait()
+"""
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_save_that_fails_in_one_process_ends_both(tmp_path, victim):
+    """Orbax lets the others wait at a barrier, for hours."""
+    ended, _ = end_of(str(tmp_path / "run"), victim, SAVING)
+    assert [e.status for e in ended] == [2, 2]
+    assert not runs.saved_steps(tmp_path / "run")
+    for message in [e.stderr for e in ended][: victim + 1]:
+        assert "saving step 1 to " in message
+        assert "Input/output error" in message
+        assert message.count("\n") == 1
+    assert ended[0].stderr.startswith("deepseek-jax: process 1 of 2 (") == (victim == 1)
+
+
+def end_of(how: str, victim: int, script: str = ALONE) -> tuple[list[Ended], float]:
     """Both processes' ends, and the seconds from the start of the last to both of them."""
     port = str(free_port())
-    command = [sys.executable, "-c", textwrap.dedent(ALONE)]
+    command = [sys.executable, "-c", textwrap.dedent(script)]
     processes = [
         subprocess.Popen(
             [*command, str(i), port, str(victim), how],
@@ -261,7 +314,8 @@ def end_of(how: str, victim: int) -> tuple[list[Ended], float]:
     ]
     for process in processes:
         assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
+        while (line := process.stdout.readline()) != "ready\n":
+            assert line.startswith("[Gloo]"), process.communicate()
     began = time.monotonic()
     ended = wait(processes, timeout=60)
     return ended, time.monotonic() - began

@@ -27,6 +27,7 @@ from deepseek_jax.convert import check_hf, convert_to_hf, convert_to_orbax, load
 from deepseek_jax.convert.to_hf import SHARD_SIZE
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.generate import continue_text
+from deepseek_jax.lifeline import say
 from deepseek_jax.model.transformer import DeepSeekV3, sharded_params
 from deepseek_jax.plan.command import PlanConfig, plan
 from deepseek_jax.presets import PRESETS, preset
@@ -297,8 +298,8 @@ def _ends_in_a_sentence() -> Iterator[None]:
             reason = f"{type(error).__name__}: {first_line}"
             distributed.give_up(status, reason, traceback.print_exc)
             raise
-        distributed.give_up(status, sentence, lambda: _say(sentence))
-        _say(sentence)
+        distributed.give_up(status, sentence, lambda: say(sentence))
+        say(sentence)
         sys.exit(status)
 
 
@@ -313,10 +314,6 @@ def _verdict(error: BaseException) -> tuple[int, str | None]:
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted; the checkpoints that were complete are intact."
     return 1, None
-
-
-def _say(sentence: str) -> None:
-    print(f"deepseek-jax: {sentence.rstrip('.')}.", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -180,6 +180,9 @@ def test_bfloat16_moments_come_back_from_a_checkpoint(tmp_path):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
+EXACT = Precision(compute="float32")
+
+
 def losses(precision: Precision, steps: int = 60, **options: str) -> np.ndarray:
     """Of a small model on four batches, which it could learn by heart: a mean for each round."""
     config = MICRO.replace(num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=0)
@@ -191,7 +194,7 @@ def losses(precision: Precision, steps: int = 60, **options: str) -> np.ndarray:
             model,
             tx,
             lambda p, bias, b, t, _: pretrain_loss(model, p, bias, b, t, jnp.float32(0)),
-            lambda _: 0,
+            lambda _: jnp.float32(0),
         )
     )
     rng = np.random.default_rng(0)
@@ -206,13 +209,15 @@ def losses(precision: Precision, steps: int = 60, **options: str) -> np.ndarray:
     return np.array(found).reshape(-1, 4).mean(1)
 
 
-def test_number_formats_of_the_state_learn_alike():
-    """float32 throughout, then the moments in bfloat16, then the parameters too."""
-    exact = losses(Precision(compute="float32"))
-    moments = losses(Precision(compute="float32"), moments="bfloat16")
-    params = losses(Precision(params="bfloat16", compute="float32"), moments="bfloat16")
+def test_bfloat16_moments_learn_like_float32_ones():
+    exact, moments = losses(EXACT), losses(EXACT, moments="bfloat16")
     assert exact[-1] < 0.5 * exact[0]
     assert (moments != exact).any()
     np.testing.assert_allclose(moments, exact, rtol=0.03)
-    # A parameter of bfloat16 keeps eight bits: what an update changes below them is lost.
-    np.testing.assert_allclose(params, exact, rtol=0.15)
+
+
+@pytest.mark.slow
+def test_bfloat16_parameters_learn_too():
+    """An update loses what lies below their eight bits: they lag behind (0.11 at the end)."""
+    params = losses(Precision(params="bfloat16", compute="float32"), moments="bfloat16")
+    np.testing.assert_allclose(params, losses(EXACT), rtol=0.15)

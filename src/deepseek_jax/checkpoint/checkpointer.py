@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shutil
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
+from deepseek_jax import distributed
 from deepseek_jax.checkpoint.files import (
     disk_full,
     exchange,
@@ -27,13 +29,35 @@ from deepseek_jax.checkpoint.files import (
 )
 from deepseek_jax.checkpoint.run_directory import read_run
 from deepseek_jax.checkpoint.trees import check_fits, flatten, items, restore_tree, stored_tree
+from deepseek_jax.lifeline import say
 from deepseek_jax.types import Array, Params, TrainState, UserError
 
 _log = logging.getLogger(__name__)
-# Orbax logs each failure of a save, with its traceback, and raises it too; one sentence is enough.
-logging.getLogger("absl").addFilter(
-    lambda record: not (record.exc_info and "orbax" in record.pathname)
-)
+
+
+class _OneSentence(logging.Filter):
+    """Orbax logs each failure of a save, with its traceback, and raises it too: once is enough.
+
+    Where several processes save, it raises only after a barrier that the others, who wait at an
+    earlier one for this process, never come to. There the record is the only news.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.savers: dict[int, Checkpointer] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if not record.exc_info or "orbax" not in record.pathname:
+            return True
+        error = record.exc_info[1]
+        if error is not None and threading.current_thread() is not threading.main_thread():
+            for saver in self.savers.values():
+                saver.end_all(error)
+        return False
+
+
+_failures = _OneSentence()
+logging.getLogger("absl").addFilter(_failures)
 
 _UNFINISHED = "orbax-checkpoint-tmp*"
 _ASYNC_TIMEOUT_S = 3 * 3600  # Orbax gives up after 20 minutes by default: too short for 671B
@@ -74,6 +98,7 @@ class Checkpointer:
         self._keep = [LatestN(keep_last)] + ([EveryNSteps(keep_every)] if keep_every else [])
         self._saving: tuple[int, int] | None = None  # step and bytes of the save under way
         self._manager = self._open()
+        _failures.savers[id(self)] = self
 
     def save(
         self,
@@ -143,7 +168,14 @@ class Checkpointer:
         try:
             self.wait()
         finally:
+            _failures.savers.pop(id(self), None)
             self._manager.close()
+
+    def end_all(self, error: BaseException) -> None:
+        """A save has failed in the background: ends all processes, if there are several."""
+        if self._saving is not None and jax.process_count() > 1:
+            reason = str(self._explain(error))
+            distributed.give_up(2, reason, lambda: say(reason))
 
     def restore_latest(self, abstract_state: TrainState) -> Restored | None:
         """Restores the newest checkpoint whose every file agrees with its checksum.
@@ -234,19 +266,23 @@ class Checkpointer:
         try:
             action()
         except Exception as error:
-            assert self._saving is not None
-            step, needed = self._saving
+            explained = self._explain(error)
             self._saving = None
-            free = free_bytes(self._steps)
             if jax.process_count() == 1:  # several end here: not all of them see the error
                 self._recover()
-            if is_disk_full(error):
-                raise disk_full(self._steps, step, needed, free) from error
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-            raise UserError(
-                f"saving step {step} to {self._steps} failed ({reason}); "
-                "earlier checkpoints are intact: fix the cause and continue with --resume."
-            ) from error
+            raise explained from error
+
+    def _explain(self, error: BaseException) -> UserError:
+        """What a failed save means to the owner of the run."""
+        assert self._saving is not None
+        step, needed = self._saving
+        if is_disk_full(error):
+            return disk_full(self._steps, step, needed, free_bytes(self._steps))
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        return UserError(
+            f"saving step {step} to {self._steps} failed ({reason}); "
+            "earlier checkpoints are intact: fix the cause and continue with --resume."
+        )
 
     def _recover(self) -> None:
         """Replaces the manager after a failed save.

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -227,9 +226,12 @@ def _fresh_state(
         init = functools.partial(init_state, model, tx)
         return jax.jit(init, out_shardings=where)(jax.random.key(config.loop.init_seed))
     params, bias_LE, _ = load_params(config.init, abstract.params)
-    bias_LE = jax.device_put(bias_LE, where.router_bias_LE)
+    # From NumPy: an array on one device does not go to devices of other processes.
+    step, bias_LE = jax.device_put(
+        (np.int32(0), np.asarray(bias_LE)), (where.step, where.router_bias_LE)
+    )
     opt_state = jax.jit(tx.init, out_shardings=where.opt_state)(params)
-    return TrainState(jax.device_put(jnp.int32(0), where.step), params, opt_state, bias_LE)
+    return TrainState(step, params, opt_state, bias_LE)
 
 
 def make_evaluate(
