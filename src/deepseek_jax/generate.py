@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from deepseek_jax.model.transformer import DeepSeekV3, init_cache
+from deepseek_jax.model.transformer import DeepSeekV3, decode_step, init_cache
 from deepseek_jax.types import Params, UserError
 
 
@@ -26,13 +26,13 @@ def _generate(
 ) -> jax.Array:
     B, T = prompts_BT.shape
     cache = init_cache(model.config, B, T + max_new_tokens, model.precision.compute_dtype)
-    decode = functools.partial(model.apply, {"params": params}, method="decode")
-    logits, cache = decode(prompts_BT, router_bias_LE, cache)
+    decode = functools.partial(decode_step, model, params, router_bias_LE)
+    logits, cache = decode(prompts_BT, cache)
 
     def next_token(carry, key):
         logits_BV, cache = carry
         token_B = sample(logits_BV, key, temperature=temperature, top_p=top_p)
-        logits, cache = decode(token_B[:, None], router_bias_LE, cache)
+        logits, cache = decode(token_B[:, None], cache)
         return (logits[:, -1], cache), token_B
 
     keys = jax.random.split(key, max_new_tokens)

@@ -41,13 +41,13 @@ COMPUTE: dict[str, tuple[str, ...]] = {
 
 # Where parameters, gradients and optimizer moments are stored beyond that (ZeRO; Rajbhandari et
 # al., 2020): a layer gathers its own when it runs. An axis that does not divide a dimension is
-# left out there.
+# left out there. ``data`` is in none: it may cross the slow network.
 STORED: dict[str, tuple[str, ...]] = {
-    "embed": ("fsdp",),
+    "embed": ("fsdp", "context"),
     "heads": ("expert",),
     "mlp": ("expert",),
     "vocab": ("expert",),
-    "latent_in": ("fsdp",),
+    "latent_in": ("fsdp", "context"),
     # Rows and not columns of w2: gradients are divided again without a copy where a part is
     # whole tiles of the TPU's 8 x 128, and 7168 columns over 32 are not.
     "expert_mlp_in": ("fsdp",),
@@ -144,12 +144,12 @@ def sharding(mesh: Mesh, *logical: str | None) -> NamedSharding:
     return NamedSharding(mesh, spec(*logical))
 
 
-def batch_shards(mesh: Mesh) -> int:
+def batch_shards(mesh: Mesh | AbstractMesh) -> int:
     """Into how many parts the rows of a batch are divided."""
     return math.prod(mesh.shape[axis] for axis in COMPUTE["batch"])
 
 
-def sequence_shards(mesh: Mesh) -> int:
+def sequence_shards(mesh: Mesh | AbstractMesh) -> int:
     """Into how many parts each row is divided."""
     return math.prod(mesh.shape[axis] for axis in COMPUTE["sequence"])
 
@@ -165,23 +165,32 @@ def _stored(name: str | None, size: int, mesh: Mesh | AbstractMesh) -> tuple[str
 
 
 def _placed(
-    mesh: Mesh | AbstractMesh, names: tuple[str | None, ...], shape: tuple[int, ...]
+    mesh: Mesh | AbstractMesh,
+    names: tuple[str | None, ...],
+    shape: tuple[int, ...],
+    stored: bool = True,
 ) -> list[tuple[str, ...]]:
     """The mesh axes of every dimension of a parameter of this global shape."""
     return [
-        COMPUTE.get(name or "", ()) + _stored(name, size, mesh)
+        COMPUTE.get(name or "", ()) + (_stored(name, size, mesh) if stored else ())
         for name, size in zip(names, shape, strict=True)
     ]
 
 
 def param_spec(
-    mesh: Mesh | AbstractMesh, names: tuple[str | None, ...], shape: tuple[int, ...]
+    mesh: Mesh | AbstractMesh,
+    names: tuple[str | None, ...],
+    shape: tuple[int, ...],
+    *,
+    stored: bool = True,
 ) -> PartitionSpec:
-    """Where a parameter of this global shape lives."""
-    return PartitionSpec(*(axes or None for axes in _placed(mesh, names, shape)))
+    """Where a parameter of this global shape lives; ``stored=False``: divided for compute alone."""
+    return PartitionSpec(*(axes or None for axes in _placed(mesh, names, shape, stored)))
 
 
-def param_specs(mesh: Mesh | AbstractMesh, logical_axes: Any, shapes: Any) -> Any:
+def param_specs(
+    mesh: Mesh | AbstractMesh, logical_axes: Any, shapes: Any, *, stored: bool = True
+) -> Any:
     """``param_spec`` for trees: of logical-axis tuples, and of arrays or their shapes.
 
     Without a mesh (an empty one) every parameter is whole.
@@ -201,16 +210,16 @@ def param_specs(mesh: Mesh | AbstractMesh, logical_axes: Any, shapes: Any) -> An
                         f"{size} of axis {name!r} of parameter {jax.tree_util.keystr(path)}; "
                         f"choose a divisor of {size}."
                     )
-        return param_spec(mesh, names, array.shape)
+        return param_spec(mesh, names, array.shape, stored=stored)
 
     return jax.tree_util.tree_map_with_path(
         leaf, logical_axes, shapes, is_leaf=lambda x: isinstance(x, tuple)
     )
 
 
-def param_shardings(mesh: Mesh, logical_axes: Any, shapes: Any) -> Any:
+def param_shardings(mesh: Mesh, logical_axes: Any, shapes: Any, *, stored: bool = True) -> Any:
     """``param_specs`` as shardings."""
-    specs = param_specs(mesh, logical_axes, shapes)
+    specs = param_specs(mesh, logical_axes, shapes, stored=stored)
     return jax.tree.map(
         lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda x: isinstance(x, PartitionSpec)
     )
@@ -354,15 +363,22 @@ def sum_gradients(grads: Any, specs: Any) -> Any:
     return jax.tree.map(leaf, specs, grads, is_leaf=lambda x: isinstance(x, PartitionSpec))
 
 
-def local_shape(names: tuple[str | None, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of this device's part of a parameter; all of it in global mode."""
+def local_shapes(
+    names: tuple[str | None, ...], shape: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """A parameter's shape on this device: as stored in training, and as computation wants it."""
     mesh = jax.sharding.get_abstract_mesh()
     if not getattr(mesh, "manual_axes", ()):
-        return shape
-    return tuple(
-        size // math.prod(mesh.shape[axis] for axis in axes)
-        for size, axes in zip(shape, _placed(mesh, names, shape), strict=True)
-    )
+        return shape, shape
+
+    def part(stored: bool) -> tuple[int, ...]:
+        placed = _placed(mesh, names, shape, stored)
+        return tuple(
+            size // math.prod(mesh.shape[axis] for axis in axes)
+            for size, axes in zip(shape, placed, strict=True)
+        )
+
+    return part(True), part(False)
 
 
 def gathered(
@@ -374,7 +390,7 @@ def gathered(
     over devices is made in the parameter's own type.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if not getattr(mesh, "manual_axes", ()):
+    if x.shape == local_shapes(names, shape)[1]:
         return x.astype(dtype)
     stored = tuple(
         tuple(a for a in _stored(name, size, mesh) if mesh.shape[a] > 1)

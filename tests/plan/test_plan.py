@@ -5,7 +5,6 @@ import json
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
@@ -18,9 +17,6 @@ from deepseek_jax.model.dispatch import ExpertParallel
 from deepseek_jax.model.transformer import (
     DeepSeekV3,
     abstract_params,
-    init_cache,
-    init_params,
-    init_router_bias,
 )
 from deepseek_jax.plan import compile as compiler
 from deepseek_jax.plan import hlo, topology, traffic
@@ -31,7 +27,7 @@ from deepseek_jax.plan.show import search_table
 from deepseek_jax.presets import preset
 from deepseek_jax.train.optim import OptimConfig
 from deepseek_jax.types import UserError
-from tests.configs import MICRO, quick_jit
+from tests.configs import MICRO
 
 F32 = Precision(compute="float32")
 DENSE = MICRO.replace(first_k_dense_replace=3, num_nextn_predict_layers=0)
@@ -83,31 +79,6 @@ def test_memory_of_arguments_is_that_of_parameters_and_moments():
     assert memory.peak == (
         memory.arguments + memory.outputs - memory.aliased + memory.temporaries + memory.code
     )
-
-
-def test_the_decode_step_that_is_compiled_is_the_models():
-    config = MICRO.replace(num_nextn_predict_layers=0, first_k_dense_replace=1, num_hidden_layers=2)
-    model = DeepSeekV3(config, F32)
-    params = quick_jit(functools.partial(init_params, model))(jax.random.key(0))
-    bias, held = init_router_bias(config), jnp.arange(8, dtype=jnp.int32)
-    full = jax.tree.map(
-        lambda x: jax.random.normal(jax.random.key(1), x.shape), init_cache(config, 8, 12)
-    )
-    cache = full._replace(length_B=held)
-    tokens = jax.random.randint(jax.random.key(2), (8, 1), 0, config.vocab_size)
-
-    @quick_jit
-    def decode(tokens, cache):
-        return model.apply({"params": params}, tokens, bias, cache, method="decode")
-
-    logits, after = decode(tokens, cache)
-    mesh = sharding.make_mesh("fsdp=2,expert=4")
-    with jax.set_mesh(mesh):
-        mapped = quick_jit(compiler.decode_per_device(model, mesh))
-        found, found_after = mapped(params, bias, tokens, cache)
-    np.testing.assert_allclose(found, logits, atol=2e-5)
-    np.testing.assert_allclose(found_after.c_kv_LBSR, after.c_kv_LBSR, atol=2e-5)
-    np.testing.assert_array_equal(found_after.length_B, held + 1)
 
 
 # --- bad input: one sentence, before anything is compiled --------------------------------------

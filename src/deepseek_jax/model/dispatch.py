@@ -13,7 +13,8 @@ token being dropped.
 neighbour, while the tokens at hand are computed; and it runs everywhere.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -25,6 +26,7 @@ from deepseek_jax import sharding
 from deepseek_jax.config import Precision
 from deepseek_jax.model.experts import (
     ExpertWeights,
+    Pairs,
     compact,
     from_pairs,
     local_experts,
@@ -54,48 +56,49 @@ class ExpertParallel:
             raise UserError(f"receive_factor={self.receive_factor} must be at least 1.")
 
 
+class Chosen(NamedTuple):
+    """Tokens, and the experts that each has chosen; of one device."""
+
+    x_TD: Float[Array, "T D"]
+    experts_TK: Int[Array, "T K"]
+    gates_TK: Float[Array, "T K"]
+
+
 def routed_experts(
-    x_TD: Float[Array, "T D"],
-    experts_TK: Int[Array, "T K"],
-    gates_TK: Float[Array, "T K"],
+    parts: Sequence[Chosen],
     weights: ExpertWeights,
     precision: Precision,
     parallel: ExpertParallel,
     groups: tuple[int, int] = (1, 1),
-) -> Float[Array, "T D"]:
+) -> list[Float[Array, "T D"]]:
     """Sum over each token's K experts of gate * FFN(x) (V3 Eq. 12), in the compute dtype.
 
     ``weights`` are the experts of this device; ``experts_TK`` counts all experts. ``groups``:
-    into how many the experts are divided, and of how many a token chooses.
+    into how many the experts are divided, and of how many a token chooses. The parts, all of one
+    size, do not wait for one another: while one's tokens travel another's can be computed.
     """
-    x_TD = x_TD.astype(precision.compute_dtype)
+    parts = [part._replace(x_TD=part.x_TD.astype(precision.compute_dtype)) for part in parts]
 
     def compute(x, experts, gates, weights, most=None):
         return local_experts(x, experts, gates, weights, precision, most)
 
-    if sharding.parts("expert") == 1:
-        out = compute(x_TD, experts_TK, gates_TK, weights)
+    devices = sharding.parts("expert")
+    if devices == 1:
+        outs = [compute(*part, weights) for part in parts]
     elif parallel.dispatcher == "ring" or (
         parallel.dispatcher == "auto" and sharding.platform() == "cpu"
     ):
-        out = _ring(x_TD, experts_TK, gates_TK, weights, compute)
+        outs = [_ring(part, weights, compute) for part in parts]
     else:
-        most = most_receivers(experts_TK.shape[1], sharding.parts("expert"), *groups)
-        factor = parallel.receive_factor
-        out = _ragged(x_TD, experts_TK, gates_TK, weights, compute, factor, most)
-    return sharding.psum(out.astype(precision.compute_dtype), "expert_mlp")
+        most = most_receivers(parts[0].experts_TK.shape[1], devices, *groups)
+        outs = _ragged(parts, weights, compute, parallel.receive_factor, most)
+    return [sharding.psum(out.astype(precision.compute_dtype), "expert_mlp") for out in outs]
 
 
 # --- ring ------------------------------------------------------------------------------------
 
 
-def _ring(
-    x_TD: jax.Array,
-    experts_TK: jax.Array,
-    gates_TK: jax.Array,
-    weights: ExpertWeights,
-    compute: Callable[..., jax.Array],
-) -> jax.Array:
+def _ring(part: Chosen, weights: ExpertWeights, compute: Callable[..., jax.Array]) -> jax.Array:
     here = weights.w1_EDF.shape[0]
     first = sharding.part_index("expert") * here
     # Kept for the backward pass: the tokens that come by, and nothing of their experts.
@@ -108,7 +111,7 @@ def _ring(
         sum_TD += compute(x, jnp.where(own, experts - first, here), gates, weights)
         return tuple(sharding.to_neighbour(a, "expert") for a in (*tokens, sum_TD)), None
 
-    carry = (x_TD, experts_TK, gates_TK, jnp.zeros(x_TD.shape, jnp.float32))
+    carry = (*part, jnp.zeros(part.x_TD.shape, jnp.float32))
     return jax.lax.scan(step, carry, length=sharding.parts("expert"))[0][-1]
 
 
@@ -199,15 +202,13 @@ class _Outgoing(NamedTuple):
 
 
 def _ragged(
-    x_TD: jax.Array,
-    experts_TK: jax.Array,
-    gates_TK: jax.Array,
+    parts: Sequence[Chosen],
     weights: ExpertWeights,
     compute: Callable[..., jax.Array],
     factor: float,
     most: int,
-) -> jax.Array:
-    (T, K), N = experts_TK.shape, sharding.parts("expert")
+) -> list[jax.Array]:
+    (T, K), N = parts[0].experts_TK.shape, sharding.parts("expert")
     here = weights.w1_EDF.shape[0]
     # A device can receive no more than every token of the axis with as many experts as it has.
     worst = N * T * min(K, here)
@@ -216,13 +217,15 @@ def _ragged(
     window = worst if pairs_size == worst else pairs_size - (K - 1)
     rows_size = min(pairs_size, N * T)
 
-    # Each token's receivers, without repetition.
-    owner_TK = jnp.sort(experts_TK // here, axis=1)
-    again_TK = jnp.pad(owner_TK[:, 1:] == owner_TK[:, :-1], ((0, 0), (1, 0)))
-    rows = sorted_pairs(jnp.where(again_TK, N, owner_TK), N, T * most)
-    x_SD = to_pairs(x_TD, rows)
-    out, first_SK = _outgoing(experts_TK[rows.token_M], rows.sizes_G, here, window)
-    gates_SK = jnp.take_along_axis(to_pairs(gates_TK, rows), first_SK, axis=1)
+    def outgoing(part: Chosen) -> tuple[Pairs, jax.Array, jax.Array, _Outgoing]:
+        # Each token's receivers, without repetition.
+        owner_TK = jnp.sort(part.experts_TK // here, axis=1)
+        again_TK = jnp.pad(owner_TK[:, 1:] == owner_TK[:, :-1], ((0, 0), (1, 0)))
+        rows = sorted_pairs(jnp.where(again_TK, N, owner_TK), N, T * most)
+        x_SD = to_pairs(part.x_TD, rows)
+        out, first_SK = _outgoing(part.experts_TK[rows.token_M], rows.sizes_G, here, window)
+        gates_SK = jnp.take_along_axis(to_pairs(part.gates_TK, rows), first_SK, axis=1)
+        return rows, x_SD, gates_SK, out
 
     def one_round(index, x_SD, gates_SK, weights, out):
         goes = jax.nn.one_hot(out.receiver_S, N, dtype=jnp.int32)
@@ -237,11 +240,16 @@ def _ragged(
         y = compute(x, experts, gates, weights, pairs_size).astype(x_SD.dtype)
         return exchange(y, ex.back(), len(x_SD))
 
+    def round_of_all(index, x, gates, weights, out):
+        each = zip(x, gates, out, strict=True)
+        return tuple(one_round(index, x, gates, weights, out) for x, gates, out in each)
+
+    rows, x, gates, out = zip(*map(outgoing, parts), strict=True)
     if window == worst:
-        y_SD = one_round(0, x_SD, gates_SK, weights, out)
+        returned = round_of_all(0, x, gates, weights, out)
     else:
-        y_SD = _all_rounds(one_round)(x_SD, gates_SK, weights, out)
-    return from_pairs(y_SD, rows)
+        returned = _all_rounds(round_of_all)(x, gates, weights, out)
+    return [from_pairs(y_SD, pairs) for y_SD, pairs in zip(returned, rows, strict=True)]
 
 
 def _whole_tiles(rows: int) -> int:
@@ -259,7 +267,7 @@ def _outgoing(
     S, N = len(experts_SK), len(sizes_N)
     ends_N = jnp.cumsum(sizes_N)
     starts_N = ends_N - sizes_N
-    receiver_S = jnp.searchsorted(ends_N, jnp.arange(S), side="right")  # N past the last row
+    receiver_S = (jnp.arange(S)[:, None] >= ends_N).sum(1)  # N past the last row
     there_SK = experts_SK // here == receiver_S[:, None]
     local_SK = jnp.where(there_SK, experts_SK % here, here)
     first_SK = compact(local_SK, here)
@@ -277,31 +285,38 @@ def _outgoing(
     return _Outgoing(local_SK, receiver_S, round_S, starts_N, rounds), first_SK
 
 
-def _all_rounds(one_round: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+def _all_rounds(one_round: Callable[..., Any]) -> Callable[..., Any]:
     """The sum of all rounds, with its gradient.
 
     By hand, for their number depends on the data. The first round keeps its activations like any
-    layer; later ones, which only skewed routing has, are computed again.
+    layer; later ones, which only skewed routing has, are computed again. They come after the
+    first round of every part, because nothing overlaps with a loop that communicates.
     """
 
+    def rounds(out: Sequence[_Outgoing]) -> jax.Array:
+        return functools.reduce(jnp.maximum, [part.rounds for part in out])
+
     @jax.custom_vjp
-    def run(x_SD, gates_SK, weights, out):
-        return forward(x_SD, gates_SK, weights, out)[0]
+    def run(x, gates, weights, out):
+        return forward(x, gates, weights, out)[0]
 
-    def forward(x_SD, gates_SK, weights, out):
-        floats = (x_SD, gates_SK, weights)
-        y_SD, pullback = jax.vjp(lambda *floats: one_round(0, *floats, out), *floats)
-        y_SD = jax.lax.fori_loop(1, out.rounds, lambda i, y: y + one_round(i, *floats, out), y_SD)
-        return y_SD, (pullback, floats, out)
+    def forward(x, gates, weights, out):
+        floats = (x, gates, weights)
+        y, pullback = jax.vjp(lambda *floats: one_round(0, *floats, out), *floats)
 
-    def backward(saved, ct_SD):
+        def add_round(i, total):
+            return jax.tree.map(jnp.add, total, one_round(i, *floats, out))
+
+        return jax.lax.fori_loop(1, rounds(out), add_round, y), (pullback, floats, out)
+
+    def backward(saved, ct):
         pullback, floats, out = saved
 
         def add_round(i, total):
             again = jax.vjp(lambda *floats: one_round(i, *floats, out), *floats)[1]
-            return jax.tree.map(jnp.add, total, again(ct_SD))
+            return jax.tree.map(jnp.add, total, again(ct))
 
-        return *jax.lax.fori_loop(1, out.rounds, add_round, pullback(ct_SD)), None
+        return *jax.lax.fori_loop(1, rounds(out), add_round, pullback(ct)), None
 
     run.defvjp(forward, backward)
     return run

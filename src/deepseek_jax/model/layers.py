@@ -103,10 +103,11 @@ class ParamModule(nn.Module):
             return boxed  # Flax has taken it out of its box
         # Not through ``self.param``, which would compare a device's part with the whole shape.
         value: Any = self.get_variable("params", name)
-        if value.shape != sharding.local_shape(axes, shape):
+        expected = sharding.local_shapes(axes, shape)
+        if value.shape not in expected:
             raise UserError(
                 f"parameter {'/'.join((*self.path, name))} has shape {value.shape}, not "
-                f"{sharding.local_shape(axes, shape)}; do the weights belong to this config?"
+                f"{expected[0]}; do the weights belong to this config?"
             )
         return value
 

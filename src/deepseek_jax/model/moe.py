@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from deepseek_jax import sharding
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.model.dispatch import ExpertParallel, routed_experts
+from deepseek_jax.model.dispatch import Chosen, ExpertParallel, routed_experts
 from deepseek_jax.model.experts import ExpertWeights
 from deepseek_jax.model.layers import FeedForward, ParamModule
 
@@ -160,8 +160,11 @@ class MoE(ParamModule):
     parallel: ExpertParallel = ExpertParallel()
 
     @nn.compact
-    def __call__(self) -> Callable[[jax.Array, jax.Array], tuple[jax.Array, Routing]]:
-        """The layer as a function of ``x_BTD`` and ``bias_E``: its output, and its decisions."""
+    def __call__(self) -> Callable[..., tuple[list[jax.Array], Routing]]:
+        """The layer as a function of ``bias_E`` and parts of the batch ``x_BTD``.
+
+        It returns the output of every part, and the routing of all together.
+        """
         c = self.config
         D, F, E, K = (
             c.hidden_size,
@@ -182,20 +185,21 @@ class MoE(ParamModule):
             shared = FeedForward(c, self.precision, width=width, name="shared_experts")()
 
         def moe(
-            x_BTD: Float[Array, "B T D"], bias_E: Float[Array, "E"]
-        ) -> tuple[Float[Array, "B T D"], Routing]:
-            logits_BTE = jnp.einsum("btd,de->bte", x_BTD.astype(jnp.float32), gate_DE)
-            routing = route(logits_BTE, bias_E, c)
-            out_MD = routed_experts(
-                x_BTD.reshape(-1, D),
-                routing.experts_BTK.reshape(-1, K),
-                routing.weights_BTK.reshape(-1, K),
-                weights,
-                self.precision,
-                self.parallel,
-                groups=(c.n_group, c.topk_group),
-            )
-            out_BTD = out_MD.reshape(x_BTD.shape)
-            return (out_BTD if shared is None else out_BTD + shared(x_BTD)), routing
+            bias_E: Float[Array, "E"], *x_BTD: Float[Array, "B T D"]
+        ) -> tuple[list[Float[Array, "B T D"]], Routing]:
+            routing = [
+                route(jnp.einsum("btd,de->bte", x.astype(jnp.float32), gate_DE), bias_E, c)
+                for x in x_BTD
+            ]
+            chosen = [
+                Chosen(x.reshape(-1, D), r.experts_BTK.reshape(-1, K), r.weights_BTK.reshape(-1, K))
+                for x, r in zip(x_BTD, routing, strict=True)
+            ]
+            groups = (c.n_group, c.topk_group)
+            outs = routed_experts(chosen, weights, self.precision, self.parallel, groups)
+            outs = [out.reshape(x.shape) for out, x in zip(outs, x_BTD, strict=True)]
+            if shared is not None:
+                outs = [out + shared(x) for out, x in zip(outs, x_BTD, strict=True)]
+            return outs, jax.tree.map(lambda *each: jnp.concatenate(each), *routing)
 
         return moe

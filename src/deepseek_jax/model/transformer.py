@@ -72,33 +72,28 @@ class Block(ParamModule):
         bias_E, cache = per_layer
         attention = MLA(c, precision, name="attn")()
         attn_norm_D, ffn_norm_D = self.scale("attn_norm", D), self.scale("ffn_norm", D)
+        parts = [(x_BTD, positions)]
+        if self.use_moe and self.parallel.overlap and sharding.parts("expert") > 1:
+            parts = _halves(x_BTD, positions)
+        states, inputs = [], []
+        for x, where in parts:
+            normed = rms_norm(x, attn_norm_D, eps)
+            attended, cache = attention(normed, where, cache, first_B)
+            states.append(x + attended)
+            inputs.append(rms_norm(states[-1], ffn_norm_D, eps))
         if self.use_moe:
             assert bias_E is not None
-            moe = MoE(c, precision, self.parallel, name="moe")()
-            ffn = lambda x_BTD: moe(x_BTD, bias_E)  # noqa: E731
+            outs, routing = MoE(c, precision, self.parallel, name="moe")()(bias_E, *inputs)
+            report = balance(routing, positions.segment_ids_BT > 0, c)
         else:
-            dense = FeedForward(c, precision, width=c.intermediate_size, name="ffn")()
-            ffn = lambda x_BTD: (dense(x_BTD), None)  # noqa: E731
-
-        def layer(x_BTD, positions, cache):
-            normed = rms_norm(x_BTD, attn_norm_D, eps)
-            attended, cache = attention(normed, positions, cache, first_B)
-            x_BTD = x_BTD + attended
-            out, routing = ffn(rms_norm(x_BTD, ffn_norm_D, eps))
-            return x_BTD + out, routing, cache
-
-        travels = self.use_moe and cache is None and sharding.parts("expert") > 1
-        if travels and self.parallel.overlap:
-            x_BTD, routing = _interleaved(layer, x_BTD, positions)
-        else:
-            x_BTD, routing, cache = layer(x_BTD, positions, cache)
-        if routing is None:
-            return x_BTD, (cache, None)
-        return x_BTD, (cache, balance(routing, positions.segment_ids_BT > 0, c))
+            ffn = FeedForward(c, precision, width=c.intermediate_size, name="ffn")()
+            outs, report = [ffn(x) for x in inputs], None
+        x_BTD = jnp.concatenate([x + out for x, out in zip(states, outs, strict=True)])
+        return x_BTD, (cache, report)
 
 
-def _interleaved(layer: Any, x_BTD: jax.Array, positions: Positions) -> tuple[jax.Array, Any]:
-    """The layer on two halves of this device's rows, neither of which waits for the other.
+def _halves(x_BTD: jax.Array, positions: Positions) -> list[tuple[jax.Array, Positions]]:
+    """This device's rows in two parts, neither of which waits for the other.
 
     So one half's tokens can travel while the other half computes (V3 sections 3.2.1 and 3.4.2):
     the compiler's scheduler places the transfers, since nothing orders them.
@@ -109,12 +104,7 @@ def _interleaved(layer: Any, x_BTD: jax.Array, positions: Positions) -> tuple[ja
             f"overlap needs an even number of rows on every device, not {B}; change the "
             "micro-batch or set overlap to False."
         )
-    halves = [
-        jax.tree.map(lambda a, i=i: a[i : i + B // 2], (x_BTD, positions)) for i in (0, B // 2)
-    ]
-    outs, routings, _ = zip(*(layer(*half, None) for half in halves), strict=True)
-    joined = jax.tree.map(lambda *parts: jnp.concatenate(parts), *routings)
-    return jnp.concatenate(outs), joined
+    return [jax.tree.map(lambda a, i=i: a[i : i + B // 2], (x_BTD, positions)) for i in (0, B // 2)]
 
 
 def _all_but_gathered(primitive: Any, *_: Any, **params: Any) -> bool:
@@ -365,13 +355,53 @@ def init_cache(config: ModelConfig, batch: int, slots: int, dtype: Any = jnp.flo
     )
 
 
-def sharded_params(model: DeepSeekV3, mesh: Mesh) -> Params:
-    """``abstract_params``, each leaf with its place on the mesh: what a loader fills."""
+def sharded_params(model: DeepSeekV3, mesh: Mesh, *, stored: bool = True) -> Params:
+    """``abstract_params``, each leaf with its place on the mesh: what a loader fills.
+
+    ``stored=False`` is for serving: weights lie as computation wants them, so that a decode
+    step, which reads every weight for a few tokens, gathers none.
+    """
     shapes = abstract_params(model)
-    where = sharding.param_shardings(mesh, logical_axes(model), shapes)
+    where = sharding.param_shardings(mesh, logical_axes(model), shapes, stored=stored)
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where
     )
+
+
+CACHE_SPECS = KVCache(
+    sharding.spec("layers", "batch"), sharding.spec("layers", "batch"), sharding.spec("batch")
+)
+
+
+def decode_step(
+    model: DeepSeekV3,
+    params: Params,
+    router_bias_LE: Float[Array, "L E"],
+    tokens_BT: Int[Array, "B T"],
+    cache: KVCache,
+) -> tuple[Float[Array, "B T V"], KVCache]:
+    """``DeepSeekV3.decode``; per device under a mesh that divides the rows, else global.
+
+    For serving on a mesh place the parameters by ``sharded_params(..., stored=False)``. Left to
+    itself, as in global mode, the compiler gathers all experts on every device.
+    """
+
+    def decode(params, bias_LE, tokens_BT, cache):
+        return model.apply({"params": params}, tokens_BT, bias_LE, cache, method="decode")
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or len(tokens_BT) % sharding.batch_shards(mesh):
+        out = decode(params, router_bias_LE, tokens_BT, cache)
+    else:
+        specs = sharding.param_specs(mesh, logical_axes(model), params, stored=False)
+        rows = sharding.spec("batch")
+        per_device = sharding.per_device(
+            decode,
+            in_specs=(specs, sharding.spec(), rows, CACHE_SPECS),
+            out_specs=(rows, CACHE_SPECS),
+        )
+        out = per_device(params, router_bias_LE, tokens_BT, cache)
+    return cast(tuple[jax.Array, KVCache], out)
 
 
 class ParamCounts(NamedTuple):

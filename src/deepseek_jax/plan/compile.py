@@ -1,5 +1,6 @@
 """The real training step, or the real decode step, compiled for devices that need not exist."""
 
+import functools
 import math
 import re
 import time
@@ -11,19 +12,19 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from deepseek_jax import sharding
+from deepseek_jax.model import transformer
 from deepseek_jax.model.transformer import (
+    CACHE_SPECS,
     DeepSeekV3,
-    abstract_params,
     init_cache,
     init_router_bias,
-    logical_axes,
     sharded_params,
 )
 from deepseek_jax.train.loop import jit_step
 from deepseek_jax.train.losses import pretrain_loss
 from deepseek_jax.train.optim import OptimConfig, bias_speed, make_optimizer, mtp_weight
 from deepseek_jax.train.step import abstract_state, make_train_step
-from deepseek_jax.types import Batch, KVCache, UserError
+from deepseek_jax.types import Batch, UserError
 
 # Schedules need an end; nothing that is compiled depends on where it is.
 _STEPS = 100_000
@@ -98,42 +99,18 @@ def training_step(
 def decode_step(model: DeepSeekV3, mesh: Mesh, rows: int, slots: int) -> Step:
     """One token for every row, from and into a latent cache that is donated.
 
-    Runs per device like training, its collectives those that the model states: left to itself
-    the compiler gathers all experts on every device.
+    Weights lie as computation wants them (``stored=False``), as they do in serving.
     """
     config, dtype = model.config, model.precision.compute_dtype
-    params = sharded_params(model, mesh)
+    params = sharded_params(model, mesh, stored=False)
     cache = _placed(
-        mesh, jax.eval_shape(lambda: init_cache(config, rows, slots, dtype)), _CACHE_SPECS
+        mesh, jax.eval_shape(lambda: init_cache(config, rows, slots, dtype)), CACHE_SPECS
     )
     bias = _placed(mesh, jax.eval_shape(lambda: init_router_bias(config)), sharding.spec())
     tokens = jax.ShapeDtypeStruct((rows, 1), jnp.int32, sharding=sharding.sharding(mesh, "batch"))
-
-    def lower() -> Any:
-        # Inside, because the mesh must be set when the function is mapped over it.
-        jitted = jax.jit(decode_per_device(model, mesh), donate_argnums=3)
-        return jitted.lower(params, bias, tokens, cache)
-
-    return Step(lower, _bytes((params, cache)))
-
-
-_CACHE_SPECS = KVCache(
-    sharding.spec("layers", "batch"), sharding.spec("layers", "batch"), sharding.spec("batch")
-)
-
-
-def decode_per_device(model: DeepSeekV3, mesh: Mesh) -> Callable[..., Any]:
-    """``(params, router_bias_LE, tokens_BT, cache) -> (logits, cache)``, rows over the mesh."""
-
-    def decode(params: Any, bias_LE: jax.Array, tokens_BT: jax.Array, cache: KVCache) -> Any:
-        return model.apply({"params": params}, tokens_BT, bias_LE, cache, method="decode")
-
-    specs = sharding.param_specs(mesh, logical_axes(model), abstract_params(model))
-    return sharding.per_device(
-        decode,
-        in_specs=(specs, sharding.spec(), sharding.spec("batch"), _CACHE_SPECS),
-        out_specs=(sharding.spec("batch", None, "vocab"), _CACHE_SPECS),
-    )
+    jitted: Any = jax.jit(functools.partial(transformer.decode_step, model), donate_argnums=3)
+    arguments = (params, bias, tokens, cache)
+    return Step(lambda: jitted.lower(*arguments), _bytes(arguments))
 
 
 def _placed(mesh: Mesh, shapes: Any, specs: Any) -> Any:

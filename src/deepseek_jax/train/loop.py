@@ -241,10 +241,23 @@ def fit(
     return Outcome(state, step, step == config.steps, first_load, last_load)
 
 
+# Without these two every exchange of tokens is synchronous, and nothing can run under it.
+_TPU_OPTIONS = {
+    "xla_tpu_enable_async_ragged_all_to_all": "true",
+    "xla_tpu_enable_async_all_to_all": "true",
+}
+
+
 def jit_step(step: TrainStep, state: TrainState) -> TrainStep:
     """Compile with donation; every leaf stays where it was, and every process sees the metrics."""
     where = jax.tree.map(lambda x: x.sharding, state)
-    return jax.jit(step, donate_argnums=0, out_shardings=(where, where.step))
+    (platform,) = {device.platform for device in where.step.device_set}
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        out_shardings=(where, where.step),
+        compiler_options=_TPU_OPTIONS if platform == "tpu" else None,
+    )
 
 
 def _next_batch(task: Task, config: LoopConfig, step: int) -> Batch:
