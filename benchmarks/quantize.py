@@ -63,7 +63,7 @@ def main():
             both = of_impl(quantize.quantize_tiles_both)
             _row(f"rows and columns, {name}", both, inputs, copy_rate)
             _row(f"rows and columns, 32 groups, {name}", both, grouped, copy_rate)
-            swiglu = of_impl(quantize.swiglu_quantize_tiles)
+            swiglu = of_impl(quantize.swiglu_quantize_tiles_both)
             _row(f"SwiGLU, rows and columns, {name}", swiglu, pairs, copy_rate)
             blocks = of_impl(quantize.quantize_blocks_both)
             _row(f"128x128 blocks, both ways, {name}", blocks, inputs, copy_rate)

@@ -16,6 +16,10 @@ K (the paper keeps the tiles along K and requantizes those; quantizing twice fro
 and the quantized weight. They carry the names ``fp8_input`` and ``fp8_weight`` for
 `jax.checkpoint`'s policies. Weights in FP32 are quantized from FP32 and get an FP32 gradient.
 
+The down projection of a feed-forward network takes ``gate`` and ``up`` instead of x, so that
+``silu(gate) * up`` never reaches memory: it is quantized where it is computed, in the forward pass
+along one axis, and again in the backward pass along the other (the paper recomputes it likewise).
+
 What stays in higher precision is the caller's choice: in V3 the embedding, the output head, the
 router, norms and the core of attention (section 3.3.1).
 """
@@ -24,13 +28,20 @@ import functools
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import backend
 from pallas_kernels.grouped_matmul import fp8_grouped_matmul, fp8_grouped_wgrad
 from pallas_kernels.matmul import fp8_matmul
-from pallas_kernels.quantize import quantize_blocks_both, quantize_tiles_both, ragged_tiles
+from pallas_kernels.quantize import (
+    quantize_blocks_both,
+    quantize_tiles_both,
+    ragged_tiles,
+    swiglu_quantize_tiles,
+)
+from pallas_kernels.reference import swiglu
 
 Impl = Literal["auto", "hopper", "tpu", "reference"]
 
@@ -73,6 +84,29 @@ def fp8_grouped_linear(
         ``[M, N]`` in the dtype of ``x``.
     """
     return _grouped(*backend.varying_alike(x_MK, w_GKN, group_sizes_G), impl)
+
+
+def fp8_swiglu_linear(
+    gate_MK: Float[Array, "M K"],
+    up_MK: Float[Array, "M K"],
+    w_KN: Float[Array, "K N"],
+    *,
+    impl: Impl = "auto",
+) -> Float[Array, "M N"]:
+    """`fp8_linear` of ``silu(gate) * up``, which is recomputed in the backward pass."""
+    return _swiglu_linear(*backend.varying_alike(gate_MK, up_MK, w_KN), impl)
+
+
+def fp8_grouped_swiglu_linear(
+    gate_MK: Float[Array, "M K"],
+    up_MK: Float[Array, "M K"],
+    w_GKN: Float[Array, "G K N"],
+    group_sizes_G: Int[Array, "G"],
+    *,
+    impl: Impl = "auto",
+) -> Float[Array, "M N"]:
+    """`fp8_grouped_linear` of ``silu(gate) * up``, which is recomputed in the backward pass."""
+    return _swiglu_grouped(*backend.varying_alike(gate_MK, up_MK, w_GKN, group_sizes_G), impl)
 
 
 def _quantizer(impl: Impl) -> Literal["auto", "reference"]:
@@ -129,6 +163,63 @@ def _grouped_bwd(impl, residuals, dy_MN):
 
 
 _grouped.defvjp(_grouped_fwd, _grouped_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _swiglu_linear(gate_MK: jax.Array, up_MK: jax.Array, w_KN: jax.Array, impl: Impl):
+    return _swiglu_linear_fwd(gate_MK, up_MK, w_KN, impl)[0]
+
+
+def _swiglu_linear_fwd(gate_MK, up_MK, w_KN, impl):
+    h = swiglu_quantize_tiles(gate_MK, up_MK, impl=_quantizer(impl))
+    w, w_transposed = quantize_blocks_both(w_KN, impl=_quantizer(impl))
+    y_MN = fp8_matmul(h, w_transposed, out_dtype=gate_MK.dtype, impl=impl)
+    return y_MN, (gate_MK, up_MK, _named(w, "fp8_weight"), w_KN[:0, :0])
+
+
+def _swiglu_linear_bwd(impl, residuals, dy_MN):
+    gate_MK, up_MK, w, like_w = residuals
+    h = swiglu_quantize_tiles(gate_MK, up_MK, axis=0, impl=_quantizer(impl))
+    dy = quantize_tiles_both(dy_MN, impl=_quantizer(impl))
+    dh_MK = fp8_matmul(dy.by_row, w, out_dtype=gate_MK.dtype, impl=impl)
+    dw_KN = fp8_matmul(h, dy.by_column, out_dtype=like_w.dtype, impl=impl)
+    return *jax.vjp(swiglu, gate_MK, up_MK)[1](dh_MK), dw_KN
+
+
+_swiglu_linear.defvjp(_swiglu_linear_fwd, _swiglu_linear_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _swiglu_grouped(
+    gate_MK: jax.Array, up_MK: jax.Array, w_GKN: jax.Array, sizes_G: jax.Array, impl: Impl
+):
+    return _swiglu_grouped_fwd(gate_MK, up_MK, w_GKN, sizes_G, impl)[0]
+
+
+def _swiglu_grouped_fwd(gate_MK, up_MK, w_GKN, sizes_G, impl):
+    tiles = ragged_tiles(sizes_G, gate_MK.shape[0])
+    quantizer = _quantizer(impl)
+    h = swiglu_quantize_tiles(gate_MK, up_MK, tiles, impl=quantizer)
+    w, w_transposed = quantize_blocks_both(w_GKN, impl=quantizer)
+    y_MN = fp8_grouped_matmul(h, w_transposed, sizes_G, out_dtype=gate_MK.dtype, impl=impl)
+    return y_MN, (gate_MK, up_MK, _named(w, "fp8_weight"), sizes_G, w_GKN[:0, :0, :0])
+
+
+def _swiglu_grouped_bwd(impl, residuals, dy_MN):
+    gate_MK, up_MK, w, sizes_G, like_w = residuals
+    tiles = ragged_tiles(sizes_G, dy_MN.shape[0])
+    quantizer = _quantizer(impl)
+    h = swiglu_quantize_tiles(gate_MK, up_MK, tiles, axis=0, impl=quantizer)
+    dy = quantize_tiles_both(dy_MN, tiles, impl=quantizer)
+    dh_MK = fp8_grouped_matmul(dy.by_row, w, sizes_G, out_dtype=gate_MK.dtype, impl=impl)
+    dw_GKN = fp8_grouped_wgrad(h, dy.by_column, tiles, out_dtype=like_w.dtype, impl=impl)
+    # Where a row is padding, its gradient is zero whatever gate and up hold there.
+    own_M1 = (jnp.arange(len(dy_MN)) < jnp.sum(sizes_G))[:, None]
+    gate_MK, up_MK = (jnp.where(own_M1, x, 0) for x in (gate_MK, up_MK))
+    return *jax.vjp(swiglu, gate_MK, up_MK)[1](dh_MK), dw_GKN, None
+
+
+_swiglu_grouped.defvjp(_swiglu_grouped_fwd, _swiglu_grouped_bwd)
 
 
 def _named(q, name: str):

@@ -27,6 +27,7 @@ __all__ = [
     "quantize_tiles_both",
     "ragged_tiles",
     "swiglu_quantize_tiles",
+    "swiglu_quantize_tiles_both",
     "transpose_blocks",
 ]
 
@@ -62,11 +63,10 @@ def quantize_tiles(
         ``values`` in E4M3, and ``scale`` with one row per 128 of the contracted axis.
     """
     transposed = axis % 2 == 0
-    if impl == "auto":
-        if transposed:
-            fits = _fits(x, None)
-        else:
-            fits = x.shape[0] % 64 == 0 and x.shape[1] % TILE == 0 and x.dtype.itemsize <= 4
+    if impl == "auto" and transposed:
+        impl = _pick((x,), None, impl)
+    elif impl == "auto":
+        fits = x.shape[0] % 64 == 0 and x.shape[1] % TILE == 0 and x.dtype.itemsize <= 4
         impl = "hopper" if fits and backend.on_hopper() else "reference"
     if impl == "reference":
         return reference.quantize_tiles(x, axis=axis, power_of_two=power_of_two)
@@ -104,7 +104,7 @@ def quantize_tiles_both(
 
 
 @functools.partial(jax.jit, static_argnames=("power_of_two", "impl"))
-def swiglu_quantize_tiles(
+def swiglu_quantize_tiles_both(
     gate_MN: Float[Array, "M N"],
     up_MN: Float[Array, "M N"],
     tiles: RaggedTiles | None = None,
@@ -122,6 +122,26 @@ def swiglu_quantize_tiles(
     return _reference_both(reference.swiglu(gate_MN, up_MN), tiles, power_of_two)
 
 
+@functools.partial(jax.jit, static_argnames=("axis", "power_of_two", "impl"))
+def swiglu_quantize_tiles(
+    gate_MN: Float[Array, "M N"],
+    up_MN: Float[Array, "M N"],
+    tiles: RaggedTiles | None = None,
+    *,
+    axis: int = -1,
+    power_of_two: bool = False,
+    impl: Impl = "auto",
+) -> Quantized:
+    """One of the two results of `swiglu_quantize_tiles_both`: ``by_column`` with ``axis=0``."""
+    by_row = axis % 2 == 1
+    if _pick((gate_MN, up_MN), tiles, impl) == "hopper":
+        which = dict(by_row=by_row, by_column=not by_row, power_of_two=power_of_two)
+        return _hopper((gate_MN, up_MN), tiles, **which)[0]
+    # The other one is not computed: nothing uses it.
+    both = _reference_both(reference.swiglu(gate_MN, up_MN), tiles, power_of_two)
+    return both.by_row if by_row else both.by_column
+
+
 def _reference_both(x_MN, tiles: RaggedTiles | None, power_of_two: bool) -> BothWays:
     by_row = reference.quantize_tiles(x_MN, power_of_two=power_of_two)
     if tiles is None:
@@ -137,10 +157,19 @@ def _fits(x: jax.Array, tiles: RaggedTiles | None) -> bool:
     return x.dtype == jnp.bfloat16 and whole and rows >= TILE and columns % TILE == 0 < columns
 
 
+def _both_on_hopper() -> bool:
+    """Whether the kernels for both axes can run: on a Hopper GPU, from jax 0.11 on."""
+    if not backend.on_hopper():
+        return False
+    from pallas_kernels.hopper import compat
+
+    return compat.loads_transposed()
+
+
 def _pick(inputs: tuple[jax.Array, ...], tiles: RaggedTiles | None, impl: Impl) -> Impl:
     if impl == "auto":
         fits = all(_fits(x, tiles) for x in inputs)
-        return "hopper" if fits and backend.on_hopper() else "reference"
+        return "hopper" if fits and _both_on_hopper() else "reference"
     if impl not in ("hopper", "reference"):
         raise ValueError(f"unknown implementation {impl!r}")
     return impl
@@ -183,7 +212,7 @@ def quantize_blocks_both(
     *lead, rows, columns = w.shape
     fits = w.dtype == jnp.bfloat16 and rows % TILE == columns % TILE == 0 and 0 not in w.shape
     if impl == "auto":
-        impl = "hopper" if fits and backend.on_hopper() else "reference"
+        impl = "hopper" if fits and _both_on_hopper() else "reference"
     if impl == "reference":
         q = reference.quantize_blocks(w, power_of_two=power_of_two)
         return q, transpose_blocks(q)

@@ -27,6 +27,11 @@ def is_hopper() -> bool:
     return device.platform == "gpu" and getattr(device, "compute_capability", "") == "9.0"
 
 
+def loads_transposed() -> bool:
+    """Whether Pallas can load from shared memory transposed."""
+    return jax.__version_info__ >= (0, 11)
+
+
 def device_kind() -> str:
     """What jax calls the default device."""
     return jax.local_devices()[0].device_kind

@@ -5,6 +5,8 @@ A block of threads takes 128 rows and 128 columns. Rows are quantized straight f
 `ldmatrix` reads it transposed: a thread then holds elements of one column, four threads a column,
 and the quantized transpose leaves through shared memory in whole lines of 128 bytes.
 
+Needs jax 0.11: before, Pallas finds no layout for a transposed load.
+
 Bound by device memory: a BF16 element moves 2 bytes in and 2 out, or 4 in and 2 out for a SwiGLU.
 """
 
@@ -24,6 +26,7 @@ from pallas_kernels.reference import E4M3, TILE, Quantized, RaggedTiles, scales_
 
 _ROWS = 64  # of a tile, in registers at a time
 _COLUMNS = 64  # likewise, of its transpose
+_ONE_EACH = plgpu.Layout.WG_STRIDED((TILE,), 1)  # of the threads
 
 
 def quantize_both(
@@ -119,7 +122,7 @@ def _body(count, first, low, high, *refs, inputs, by_row, by_column, power_of_tw
                 outs[0][rows, columns] = q.astype(E4M3)
         if by_row:
             # By ordinary stores: where a group begins, a row is not aligned as a copy wants it.
-            outs[1][k_tile, whole] = scratch["rows_scale"][...]
+            outs[1][k_tile, whole] = compat.load(scratch["rows_scale"], _ONE_EACH)
         if by_column:
             values, scales = outs[-2:]
             plgpu.commit_smem()
@@ -200,7 +203,7 @@ def _blocks_body(w, values, transposed, scales, block, staged, maxima, *, power_
         halves.append(h)
     plgpu.commit_smem()
     # The scale of the largest is the largest scale; a scale by itself cannot be rounded (bitcast).
-    scale = jnp.max(scales_of(maxima[...], power_of_two=power_of_two))
+    scale = jnp.max(scales_of(compat.load(maxima, _ONE_EACH), power_of_two=power_of_two))
     inverse = 1.0 / scale
     scales[group, r_tile, k_tile] = scale
     for part, h in enumerate(halves):

@@ -117,6 +117,42 @@ def test_groups_do_not_disturb_each_other():
     np.testing.assert_array_equal(louder[::2], clean[::2])
 
 
+@implementations
+@pytest.mark.parametrize("grouped", [False, True])
+def test_swiglu_inside(grouped, impl):
+    """The same as the layer of the separately computed SwiGLU, and keeps nothing of it."""
+    m, k, n = 264 if grouped else 256, 256, 128
+    sizes = jnp.asarray([100, 0, 156], jnp.int32)
+    gate, w, dy = arrays(m, k, n, jnp.bfloat16, groups=3 if grouped else None)
+    up, _, _ = arrays(m, k, n, jnp.bfloat16, seed=1)
+    gate, up, dy = (x.at[256:].set(jnp.nan) for x in (gate, up, dy))
+    groups = (sizes,) if grouped else ()
+    inside = linear.fp8_grouped_swiglu_linear if grouped else linear.fp8_swiglu_linear
+    outside = linear.fp8_grouped_linear if grouped else linear.fp8_linear
+
+    def gradients(f):
+        y, vjp = jax.vjp(f, gate, up, w)
+        return vjp, (y, *vjp(dy))
+
+    vjp, got = gradients(lambda gate, up, w: inside(gate, up, w, *groups, impl=impl))
+    _, want = gradients(
+        lambda gate, up, w: outside(reference.swiglu(gate, up), w, *groups, impl=impl)
+    )
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == b.dtype
+        a, b = (np.asarray(z, np.float32)[:256] for z in (a, b))
+        # On a device the kernel's exp may round a BF16 number, and so one of E4M3, elsewhere.
+        exact = impl == "reference"
+        tolerance = dict(rtol=1e-6) if exact else dict(rtol=0.1, atol=0.02 * np.abs(b).max())
+        np.testing.assert_allclose(a, b, **tolerance)
+    for rows in (0, 1, 2) if grouped else ():
+        assert (np.asarray(got[rows], np.float32)[256:] == 0).all()
+    kept = [a for a in jax.tree.leaves(vjp) if a.size > w.size // 64]
+    eight_bits = sum(a.size for a in kept if a.dtype == reference.E4M3)
+    assert eight_bits == w.size, "only the weight, and gate and up as they came"
+    assert sum(a.size for a in kept if a.dtype == jnp.bfloat16) == gate.size + up.size
+
+
 def test_what_is_kept_for_the_backward_pass_is_in_fp8():
     x, w, _ = arrays(256, 384, 512, jnp.bfloat16)
     _, vjp = jax.vjp(linear.fp8_linear, x, w)
