@@ -1,5 +1,7 @@
 """Bytes of the expert axis: the closed form against dice, against the router, against bounds."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,9 +10,15 @@ from rich.console import Console
 
 from deepseek_jax import preset, sharding
 from deepseek_jax.config import Precision
-from deepseek_jax.model.dispatch import ExpertParallel, routed_experts
-from deepseek_jax.model.experts import ExpertWeights
+from deepseek_jax.model.dispatch import ExpertParallel
 from deepseek_jax.model.moe import route
+from deepseek_jax.model.transformer import (
+    DeepSeekV3,
+    abstract_params,
+    decode_step,
+    init_cache,
+    init_router_bias,
+)
 from deepseek_jax.plan import hlo, traffic
 from deepseek_jax.plan.collectives import collectives
 from deepseek_jax.plan.command import PlanConfig, plan
@@ -77,35 +85,29 @@ def test_bytes_per_token():
 
 
 def test_the_ring_compiled_sends_what_it_does_on_paper():
-    """On 8 devices: tokens, ids, gates and sums, once round."""
-    config = MICRO.replace(hidden_size=32, moe_intermediate_size=16)
+    """On 8 devices, forward: tokens, ids, gates and sums, once round, in each MoE layer."""
+    config = MICRO.replace(num_nextn_predict_layers=0)
     mesh = sharding.make_mesh("expert=8")
-    T, E, K, D = 40, config.n_routed_experts, config.num_experts_per_tok, config.hidden_size
-    F = config.moe_intermediate_size
-
-    def layer(x, experts, gates, weights):
-        ring = ExpertParallel(dispatcher="ring")
-        return routed_experts(x, experts, gates, weights, Precision(), ring)
-
-    rows, whole = sharding.spec("batch"), sharding.spec("expert")
+    ring = ExpertParallel(dispatcher="ring")
+    model = DeepSeekV3(config, Precision(compute="float32"), parallel=ring)
+    rows, tokens = 16, 5
+    cache = jax.eval_shape(lambda: init_cache(config, rows, 8))
     with jax.set_mesh(mesh):
-        mapped = sharding.per_device(
-            layer, in_specs=(rows, rows, rows, ExpertWeights(whole, whole, whole)), out_specs=rows
+        program = (
+            jax.jit(functools.partial(decode_step, model))
+            .lower(
+                abstract_params(model),
+                init_router_bias(config),
+                jax.ShapeDtypeStruct((rows, tokens), jnp.int32),
+                cache,
+            )
+            .compile()
         )
-        weights = ExpertWeights(
-            *(jnp.ones(shape, jnp.bfloat16) for shape in ((E, D, F), (E, D, F), (E, F, D)))
-        )
-        args = (
-            jnp.ones((8 * T, D), jnp.bfloat16),
-            jnp.zeros((8 * T, K), jnp.int32),
-            jnp.ones((8 * T, K)),
-            weights,
-        )
-        compiled = jax.jit(mapped).lower(*args).compile()
-    sent = collectives(hlo.parse(compiled.as_text()), mesh.shape)
-    assert {one.kind for one in sent} == {"collective-permute"}
-    # XLA sends bfloat16 as float32 on CPUs: 2 D more on each of the 8 hops.
-    assert sum(one.total for one in sent) == T * (traffic.ring_traffic(config, 8) + 8 * 2 * D)
+    sent = collectives(hlo.parse(program.as_text()), mesh.shape)
+    around = sum(one.total for one in sent if one.kind == "collective-permute")
+    here = rows // 8 * tokens * config.num_moe_layers
+    # The paper's tokens are bfloat16, these are float32: 2 D more on each of the 8 hops.
+    assert around == here * (traffic.ring_traffic(config, 8) + 8 * 2 * config.hidden_size)
 
 
 def test_the_step_that_plan_compiles_sends_what_it_does_on_paper(tmp_path):
@@ -118,8 +120,9 @@ def test_the_step_that_plan_compiles_sends_what_it_does_on_paper(tmp_path):
     config = V3.replace(
         vocab_size=512,
         hidden_size=512,
-        num_hidden_layers=3,
+        num_hidden_layers=2,
         first_k_dense_replace=1,
+        num_nextn_predict_layers=0,
         num_attention_heads=4,
         q_lora_rank=128,
         intermediate_size=256,
