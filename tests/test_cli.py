@@ -215,7 +215,7 @@ def test_a_config_json_that_is_none(folder, capsys, content, complaint):
     ("extra", "complaint"),
     [
         ("--model v4", "no preset 'v4'; choose from tiny, small, "),
-        ("--mesh pod=2", "unknown mesh axis 'pod'; the axes are data, fsdp, expert, tensor"),
+        ("--mesh pod=2", "unknown mesh axis 'pod'; the axes are data, fsdp, expert,"),
         ("--mesh data=3", "'data=3' asks for 3 devices, but there are 8; change a size"),
         ("--mesh data=two", "mesh axis 'data=two' needs a whole number, as in data=2"),
         ("--mesh data=2,data=4", "mesh axis 'data' is given twice"),

@@ -161,7 +161,8 @@ def test_killed_then_stopped_then_resumed_by_two_and_by_one(place, uninterrupted
     assert 12 <= stopped < STEPS
     assert runs.lines(out)[-1]["step"] == stopped
     assert f"stopped and saved at step {stopped}; continue with --resume." in first.stdout
-    assert "Traceback" not in first.stderr + second.stderr
+    for line in (first.stderr + second.stderr).splitlines():
+        assert "SIGTERM caught" in line  # that much JAX says
 
     # One process continues, on as many devices: the same data, and sums in another order.
     alone = shutil.copytree(out, place.root / "alone")

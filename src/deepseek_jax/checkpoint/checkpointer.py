@@ -74,6 +74,17 @@ class Restored(NamedTuple):
     extra: dict[str, Any]
 
 
+class _Manager(ocp.CheckpointManager):
+    """Leaves SIGTERM to the training loop.
+
+    JAX counts the steps at which it is asked for a sign to stop. Orbax asks too, one process
+    from a thread and for a step long past, upon which the processes could stop apart.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
 class Checkpointer:
     """Saves and restores the steps of one run; a context manager.
 
@@ -252,7 +263,7 @@ class Checkpointer:
             ),
         )
         names = ("model", "optimizer", "host")
-        return ocp.CheckpointManager(self._steps, item_names=names, options=options)
+        return _Manager(self._steps, item_names=names, options=options)
 
     def _seal(self) -> None:
         """Writes the checksums: Orbax calls this when all is on disk, before the rename."""
