@@ -37,8 +37,8 @@ def arrays(m, k, n, dtype=jnp.float32, seed=0, groups=None):
 
 
 def value_and_gradients(f, x, w, dy):
-    y, vjp = jax.vjp(f, x, w)
-    return y, *vjp(dy)
+    y, vjp = jax.vjp(jax.jit(f), x, w)
+    return y, *jax.jit(vjp)(dy)
 
 
 def products(x, w, dy):
@@ -131,8 +131,8 @@ def test_swiglu_inside(grouped, impl):
     outside = linear.fp8_grouped_linear if grouped else linear.fp8_linear
 
     def gradients(f):
-        y, vjp = jax.vjp(f, gate, up, w)
-        return vjp, (y, *vjp(dy))
+        y, vjp = jax.vjp(jax.jit(f), gate, up, w)
+        return vjp, (y, *jax.jit(vjp)(dy))
 
     vjp, got = gradients(lambda gate, up, w: inside(gate, up, w, *groups, impl=impl))
     _, want = gradients(
