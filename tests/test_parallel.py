@@ -145,6 +145,20 @@ def test_with_accumulation_and_rematerialisation(remat):
     check(V3, "fsdp=2,expert=2,context=2", RAGGED, pieces=2, remat=remat)
 
 
+def test_random_parameters_are_the_same_on_any_mesh():
+    model = DeepSeekV3(V3, FLOAT32)
+    init = functools.partial(init_params, model)
+    whole = quick_jit(init)(jax.random.key(0))
+    mesh = sharding.make_mesh("fsdp=2,expert=2,tensor=2")
+    where = jax.tree.map(lambda x: x.sharding, sharded_params(model, mesh))
+    with jax.set_mesh(mesh):
+        sharded = quick_jit(init, out_shardings=where)(jax.random.key(0))
+    jax.tree.map(np.testing.assert_array_equal, *jax.device_get((whole, sharded)))
+    experts = np.asarray(whole["moe_layers"]["moe"]["w1"]).reshape(-1, 24 * 20)
+    assert len(np.unique(experts[:, 0])) == len(experts)  # no two from one key
+    assert experts.std() == pytest.approx(V3.initializer_range, rel=0.02)
+
+
 # --- the dispatchers alone -------------------------------------------------------------------
 
 E, D, F, K = 8, 16, 12, 3

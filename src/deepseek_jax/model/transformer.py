@@ -304,8 +304,8 @@ def init_router_bias(config: ModelConfig) -> Float[Array, "L E"]:
 def init_params(model: DeepSeekV3, key: PRNGKeyArray) -> Params:
     """Random parameters as a plain nested dict; call it under ``jax.jit`` to shard the result.
 
-    One matrix of one layer is drawn at a time: random bits for all of them at once would take
-    more memory than the parameters.
+    One matrix is drawn at a time (on a mesh: those of all experts of one layer): the random bits
+    of all of them at once would take more memory than the parameters.
     """
     axes, std = logical_axes(model), model.config.initializer_range
     leaves, treedef = jax.tree.flatten(abstract_params(model))
@@ -317,18 +317,21 @@ def init_params(model: DeepSeekV3, key: PRNGKeyArray) -> Params:
             continue
         own = jax.random.fold_in(key, index)
         if drawn:  # not before the last one is finished
-            own, drawn[-1] = jax.lax.optimization_barrier((own, drawn[-1]))
-        drawn.append(_draw(own, leaf.shape, leaf.dtype, std, stacked=axis_names[0] == "layers"))
+            own, _ = jax.lax.optimization_barrier((own, drawn[-1].ravel()[0]))
+        drawn.append(_draw(own, axis_names, leaf.shape, std).astype(leaf.dtype))
     return jax.tree.unflatten(treedef, drawn)
 
 
-def _draw(key: jax.Array, shape: tuple[int, ...], dtype: Any, std: float, *, stacked: bool):
-    def matrix(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        return (std * jax.random.normal(key, shape)).astype(dtype)
-
-    if not stacked:
-        return matrix(key, shape)
-    return jax.lax.map(lambda k: matrix(k, shape[1:]), jax.random.split(key, shape[0]))
+def _draw(
+    key: jax.Array, names: tuple[str | None, ...], shape: tuple[int, ...], std: float
+) -> jax.Array:
+    """N(0, std^2); every layer and every expert from its own key, one after the other."""
+    if names[0] not in ("layers", "expert"):
+        return std * jax.random.normal(key, shape)
+    keys = jax.random.split(key, shape[0])
+    together = names[0] == "expert" and not jax.sharding.get_abstract_mesh().empty
+    loop = jax.vmap if together else lambda f: functools.partial(jax.lax.map, f)
+    return loop(lambda k: _draw(k, names[1:], shape[1:], std))(keys)
 
 
 def abstract_params(model: DeepSeekV3) -> Params:
