@@ -72,7 +72,8 @@ def plan(config: PlanConfig, console: Console | None = None) -> list[Plan]:
         mesh = sharding.make_mesh(config.mesh, devices)
         found = plan_one(config, topology, mesh, console)
         console.print(plan_table(found))
-        console.print(f"wrote {_write(config, [found], 'plan.json')}", highlight=False)
+        written = _write(config, [found], "plan.json")
+        console.print(f"wrote {written}", markup=False, highlight=False)
         return [found]
     plans = []
     tries = candidates(config.model, len(devices), config.batch, decode=config.decode)
@@ -82,6 +83,7 @@ def plan(config: PlanConfig, console: Console | None = None) -> list[Plan]:
         plans.append(plan_one(one, topology, mesh, console, f"{number}/{len(tries)} "))
         _write(config, ranked(plans), "search.json")  # a search may be cut short
     console.print(search_table(ranked(plans)))
+    console.print(f"wrote {config.out / 'search.json'}", markup=False, highlight=False)
     return ranked(plans)
 
 
@@ -92,7 +94,7 @@ def plan_one(
     step, tokens, flops = _step(config, mesh)
     remat = "" if config.decode else f", remat {config.remat or 'full'}"
     title = (
-        f"{param_counts(config.model).total / 1e9:.0f}B, "
+        f"{_size(param_counts(config.model).total)}, "
         f"{'decode' if config.decode else 'train'}, {topology.name}, {_short(mesh)}, "
         f"batch {config.batch}, seq {config.seq}{remat}"
     )
@@ -152,6 +154,10 @@ def _step(config: PlanConfig, mesh: Mesh) -> tuple[compiler.Step, int, float]:
     )
     tokens = config.batch * config.seq
     return step, tokens, training_flops_per_token(config.model, config.seq) * tokens
+
+
+def _size(params: int) -> str:
+    return f"{params / 1e9:.0f}B" if params >= 1e9 else f"{params / 1e6:.3g}M"
 
 
 def _short(mesh: Mesh) -> str:
