@@ -20,9 +20,9 @@ from deepseek_jax.config import FLOAT32
 from deepseek_jax.data.pipeline import DataConfig, fit_tokenizer, train_batches
 from deepseek_jax.presets import preset
 from deepseek_jax.train import optim
-from deepseek_jax.train.loop import jit_step
+from deepseek_jax.train.loop import divide_batch, jit_step
 from deepseek_jax.train.losses import pretrain_loss
-from deepseek_jax.train.step import init_state, make_train_step, place_batch, state_shardings
+from deepseek_jax.train.step import init_state, make_train_step, state_shardings
 
 CONFIG = preset("tiny").replace(
     vocab_size=512,
@@ -69,7 +69,9 @@ def violations(batches: Any, bias_speed: float, steps: int) -> np.ndarray:
     step = jit_step(make_train_step(model, tx, loss_fn, lambda _: bias_speed), state)
     found = []
     for _ in range(steps):
-        state, metrics = step(state, place_batch([next(batches)], mesh), np.float32(np.inf))
+        rows = next(batches)
+        batch = divide_batch(*rows.tokens_BT.shape, mesh).place([rows])
+        state, metrics = step(state, batch, np.float32(np.inf))
         load = np.asarray(metrics["load_LE"][: CONFIG.num_moe_layers], np.float64)
         found.append((load.max(-1) / load.mean(-1) - 1).max())
     return np.array(found)

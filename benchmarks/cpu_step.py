@@ -22,9 +22,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from deepseek_jax import Batch, DeepSeekV3, ModelConfig, preset, sharding
 from deepseek_jax.config import FLOAT32
 from deepseek_jax.train import optim
-from deepseek_jax.train.loop import jit_step
+from deepseek_jax.train.loop import divide_batch, jit_step
 from deepseek_jax.train.losses import pretrain_loss
-from deepseek_jax.train.step import init_state, make_train_step, place_batch, state_shardings
+from deepseek_jax.train.step import init_state, make_train_step, state_shardings
 
 
 def ours(config: ModelConfig, rows: np.ndarray) -> Callable[[], float]:
@@ -45,7 +45,7 @@ def ours(config: ModelConfig, rows: np.ndarray) -> Callable[[], float]:
     ones = np.ones((B, T), np.int32)
     positions = np.tile(np.arange(T, dtype=np.int32), (B, 1))
     parts = Batch(rows[:, :-1], rows[:, 1:], ones.astype(np.float32), positions, ones)
-    batch = place_batch([parts], mesh)
+    batch = divide_batch(B, T, mesh).place([parts])
 
     def run() -> float:
         nonlocal state

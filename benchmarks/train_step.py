@@ -26,8 +26,9 @@ from deepseek_jax.model.transformer import param_counts
 from deepseek_jax.plan import training_flops_per_token
 from deepseek_jax.report.hardware import peak_flops
 from deepseek_jax.train import optim
+from deepseek_jax.train.loop import divide_batch
 from deepseek_jax.train.losses import pretrain_loss
-from deepseek_jax.train.step import init_state, make_train_step, place_batch, state_shardings
+from deepseek_jax.train.step import init_state, make_train_step, state_shardings
 
 
 def slice_of(arguments: argparse.Namespace) -> ModelConfig:
@@ -78,7 +79,7 @@ class Run:
         ones = np.ones(shape, np.int32)
         positions = np.tile(np.arange(shape[1], dtype=np.int32), (shape[0], 1))
         parts = Batch(rows[:, :-1], rows[:, 1:], ones.astype(np.float32), positions, ones)
-        self.batch = place_batch([parts], mesh)
+        self.batch = divide_batch(*shape, mesh).place([parts])
         step = make_train_step(model, tx, loss_fn, lambda step: 0.001)
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(where, None))
         limit = np.float32(np.inf)

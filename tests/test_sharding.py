@@ -52,9 +52,7 @@ def test_every_parameter_states_an_axis_for_each_dimension():
 def test_an_axis_that_must_divide_and_does_not_is_named():
     model = DeepSeekV3(preset("v2_lite"))  # 16 heads, 64 experts
     axes, shapes = logical_axes(model), abstract_params(model)
-    with pytest.raises(
-        UserError, match=r"tensor=32 does not divide the 16 of axis 'heads'"
-    ):
+    with pytest.raises(UserError, match=r"tensor=32 does not divide the 16 of axis 'heads'"):
         sharding.param_specs(AbstractMesh((1, 1, 1, 1, 32), sharding.MESH_AXES), axes, shapes)
     with pytest.raises(UserError, match="expert=48 does not divide the 64 of axis 'expert'"):
         sharding.param_specs(AbstractMesh((1, 1, 48, 1, 1), sharding.MESH_AXES), axes, shapes)

@@ -55,6 +55,18 @@ class ExpertParallel:
         if self.receive_factor < 1:
             raise UserError(f"receive_factor={self.receive_factor} must be at least 1.")
 
+    def check_rows(self, rows: int) -> None:
+        """Refuse a number of rows per device that ``overlap`` cannot halve.
+
+        Raises:
+            UserError: naming the number.
+        """
+        if self.overlap and rows % 2:
+            raise UserError(
+                f"overlap needs an even number of rows on every device, not {rows}; change the "
+                "micro-batch or set overlap to False."
+            )
+
 
 class Chosen(NamedTuple):
     """Tokens, and the experts that each has chosen; of one device."""

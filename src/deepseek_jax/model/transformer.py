@@ -23,7 +23,7 @@ from deepseek_jax.model.layers import (
 from deepseek_jax.model.moe import Balance, MoE, balance
 from deepseek_jax.model.mtp import MTPModule, shift_left
 from deepseek_jax.model.rope import rope_tables
-from deepseek_jax.types import KVCache, Params, UserError
+from deepseek_jax.types import KVCache, Params
 
 # What the "selective" policy keeps for the backward pass: outputs of the expensive matmuls.
 # RMSNorm, the MLA up-projections, the router and SwiGLU are computed again (V3 section 3.2.3).
@@ -74,6 +74,7 @@ class Block(ParamModule):
         attn_norm_D, ffn_norm_D = self.scale("attn_norm", D), self.scale("ffn_norm", D)
         parts = [(x_BTD, positions)]
         if self.use_moe and self.parallel.overlap and sharding.parts("expert") > 1:
+            self.parallel.check_rows(len(x_BTD))
             parts = _halves(x_BTD, positions)
         states, inputs = [], []
         for x, where in parts:
@@ -99,11 +100,6 @@ def _halves(x_BTD: jax.Array, positions: Positions) -> list[tuple[jax.Array, Pos
     the compiler's scheduler places the transfers, since nothing orders them.
     """
     B = len(x_BTD)
-    if B % 2:
-        raise UserError(
-            f"overlap needs an even number of rows on every device, not {B}; change the "
-            "micro-batch or set overlap to False."
-        )
     return [jax.tree.map(lambda a, i=i: a[i : i + B // 2], (x_BTD, positions)) for i in (0, B // 2)]
 
 

@@ -23,7 +23,8 @@ from deepseek_jax.data.feed import Feed, TrainRows
 from deepseek_jax.data.pipeline import DataConfig, eval_batches, fit_tokenizer
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.generate import continue_text
-from deepseek_jax.model.transformer import DeepSeekV3, param_counts
+from deepseek_jax.model.dispatch import ExpertParallel
+from deepseek_jax.model.transformer import DeepSeekV3, logical_axes, param_counts
 from deepseek_jax.plan import training_flops_per_token
 from deepseek_jax.presets import preset
 from deepseek_jax.report import (
@@ -45,7 +46,7 @@ from deepseek_jax.train.loop import (
     from_json,
     to_json,
 )
-from deepseek_jax.train.losses import batch_nats, hidden_states, pretrain_loss
+from deepseek_jax.train.losses import batch_nats, head, hidden_states, pretrain_loss
 from deepseek_jax.train.optim import (
     OptimConfig,
     bias_speed,
@@ -53,13 +54,14 @@ from deepseek_jax.train.optim import (
     make_optimizer,
     mtp_weight,
 )
-from deepseek_jax.train.step import abstract_state, init_state, make_train_step
-from deepseek_jax.types import Batch, TrainState, UserError
+from deepseek_jax.train.step import BATCH_SPEC, abstract_state, init_state, make_train_step
+from deepseek_jax.types import Batch, Params, TrainState, UserError
 
 # What --resume may change: nothing here alters the steps already made.
 _MAY_CHANGE = (
     "mesh",
     "remat",
+    "parallel",
     "resume",
     "out",
     "init",
@@ -90,6 +92,7 @@ class PretrainConfig:
     """Devices, as in ``data=2,expert=4``; -1 fills one axis."""
     remat: RematPolicy = "none"
     """What the backward pass computes again: nothing, all, or the V3 report's selection."""
+    parallel: ExpertParallel = field(default_factory=ExpertParallel)
     prompt: str = "def "
     """What the sample at the end continues."""
     sample_tokens: int = 160
@@ -124,6 +127,7 @@ def pretrain(config: PretrainConfig) -> Result | None:
     started = time.perf_counter()
     mesh = sharding.make_mesh(config.mesh)
     feed = divide_batch(config.loop.rows, config.data.seq_len, mesh)
+    config.parallel.check_rows(config.loop.rows // sharding.batch_shards(mesh))
     lr = learning_rate(config.optim, config.loop.steps)
     claim = functools.partial(
         claim_run_directory,
@@ -134,7 +138,7 @@ def pretrain(config: PretrainConfig) -> Result | None:
     )
     claim(dry_run=True)
     tokenizer = run_tokenizer(config)
-    model = DeepSeekV3(config.model, config.precision, config.remat)
+    model = DeepSeekV3(config.model, config.precision, config.remat, config.parallel)
     tx = make_optimizer(config.optim, config.loop.steps)
     lam = mtp_weight(config.optim, config.loop.steps)
 
@@ -240,13 +244,19 @@ def make_evaluate(
     """Held-out loss of the main head, no MTP, current router bias."""
     everywhere = NamedSharding(feed.where.mesh, PartitionSpec())
 
+    def local_sums(params: Params, bias_LE: jax.Array, batch_1BT: Batch) -> Any:
+        batch = Batch(*(x[0] for x in batch_1BT))
+        hidden = hidden_states(model, params, bias_LE, batch, mtp=False)
+        weights_BT = batch.loss_weights_BT
+        nats = batch_nats(hidden.main_BTD, head(model, params), batch.targets_BT, weights_BT)
+        return nats, sharding.psum(weights_BT.sum(), "batch", "sequence")
+
     @functools.partial(jax.jit, out_shardings=everywhere)
     def sums(state: TrainState, batch_1BT: Batch) -> tuple[jax.Array, jax.Array]:
-        batch = Batch(*(x[0] for x in batch_1BT))
-        hidden = hidden_states(model, state.params, state.router_bias_LE, batch, mtp=False)
-        weights_BT = batch.loss_weights_BT
-        nats = batch_nats(hidden.main_BTD, state.params["head"], batch.targets_BT, weights_BT)
-        return nats, weights_BT.sum()
+        specs = sharding.param_specs(feed.where.mesh, logical_axes(model), state.params)
+        in_specs = (specs, everywhere.spec, BATCH_SPEC)
+        run = sharding.per_device(local_sums, in_specs, everywhere.spec)
+        return run(state.params, state.router_bias_LE, batch_1BT)
 
     def evaluate(state: TrainState, limit: int | None) -> Evaluation:
         totals = np.zeros(3)  # nats, tokens, bytes

@@ -6,9 +6,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jaxtyping import Float, Int, PRNGKeyArray
 
 from deepseek_jax import sharding
@@ -70,18 +69,14 @@ def make_train_step(
         grads, parts = jax.lax.scan(body, zeros, batch)[0]
         return sharding.sum_gradients(grads, specs), parts
 
-    def sharded_gradients(state: TrainState, batch: Batch) -> tuple[Params, LossParts]:
+    def step(state: TrainState, batch: Batch, max_loss: Any) -> tuple[TrainState, Metrics]:
         mesh, everywhere = jax.sharding.get_abstract_mesh(), sharding.spec()
         specs = sharding.param_specs(mesh, logical_axes(model), state.params)
-        rows = Batch(*[BATCH_SPEC] * len(Batch._fields))
-        return sharding.per_device(
+        grads, parts = sharding.per_device(
             functools.partial(gradients, specs),
-            in_specs=(specs, everywhere, rows, everywhere),
+            in_specs=(specs, everywhere, BATCH_SPEC, everywhere),
             out_specs=(specs, everywhere),
         )(state.params, state.router_bias_LE, batch, state.step)
-
-    def step(state: TrainState, batch: Batch, max_loss: Any) -> tuple[TrainState, Metrics]:
-        grads, parts = sharded_gradients(state, batch)
         norm = optax.tree.norm(grads)
         loss = parts.metrics["loss"]
         good = jnp.isfinite(loss) & jnp.isfinite(norm) & (loss <= max_loss)
@@ -152,14 +147,3 @@ def abstract_state(model: DeepSeekV3, tx: optax.GradientTransformation, mesh: Me
 def state_shardings(model: DeepSeekV3, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Where each leaf of ``abstract_state`` lives."""
     return jax.tree.map(lambda x: x.sharding, abstract_state(model, tx, mesh))
-
-
-def place_batch(batches: list[Batch], mesh: Mesh) -> Batch:
-    """This process's micro-batches as one global ``[A, B, T]`` batch on the mesh."""
-    where = NamedSharding(mesh, BATCH_SPEC)
-    return Batch(
-        *(
-            jax.make_array_from_process_local_data(where, np.stack(x))
-            for x in zip(*batches, strict=True)
-        )
-    )
