@@ -70,7 +70,8 @@ def violations(batches: Any, bias_speed: float, steps: int) -> np.ndarray:
     found = []
     for _ in range(steps):
         rows = next(batches)
-        batch = divide_batch(*rows.tokens_BT.shape, mesh).place([rows])
+        B, T = rows.tokens_BT.shape
+        batch = divide_batch(B, T, mesh).place([rows])
         state, metrics = step(state, batch, np.float32(np.inf))
         load = np.asarray(metrics["load_LE"][: CONFIG.num_moe_layers], np.float64)
         found.append((load.max(-1) / load.mean(-1) - 1).max())
