@@ -1,6 +1,7 @@
 """Shapes and types of every public function are checked at run time in all tests."""
 
 import os
+import signal
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -11,6 +12,9 @@ if _FLAG not in os.environ.get("XLA_FLAGS", ""):
 
 import pytest  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
+
+# A shell starts background jobs with Ctrl-C ignored, and some tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 install_import_hook(["deepseek_jax", "pallas_kernels"], "beartype.beartype")
 

@@ -335,13 +335,13 @@ def test_a_cache_chosen_through_jax_stays(monkeypatch, tmp_path):
         jax.config.update("jax_compilation_cache_dir", None)
 
 
-def test_help_fits_on_two_screens():
+def test_help_fits_on_three_screens():
     process = runs.start("--help")
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 0
     assert not stderr
     lines = stdout.splitlines()
-    assert len(lines) <= 140
+    assert len(lines) <= 155
     assert max(map(len, lines)) <= 100
     assert "dummy" not in stdout  # tyro's inner names
     for option in ("--source", "--model", "--mesh", "--resume", "--steps", "--peak-lr"):

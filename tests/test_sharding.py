@@ -45,8 +45,10 @@ def test_every_parameter_states_an_axis_for_each_dimension():
         assert all(name is None or name in sharding.LOGICAL_AXES for name in names)
     mesh = sharding.make_mesh("fsdp=2,expert=2,tensor=2")
     where = sharding.param_shardings(mesh, axes, shapes)
-    assert where["moe_layers"]["moe"]["w1"].spec == P(None, "expert", "fsdp", "tensor")
-    assert where["moe_layers"]["attn"]["wq_b"].spec == P(None, "fsdp", ("tensor", "expert"), None)
+    assert where["moe_layers"]["moe"]["w1"].spec == P(None, "expert", ("fsdp", "context"), "tensor")
+    assert where["moe_layers"]["attn"]["wq_b"].spec == P(
+        None, ("fsdp", "context"), ("tensor", "expert"), None
+    )
 
 
 def test_an_axis_that_must_divide_and_does_not_is_named():
@@ -60,5 +62,7 @@ def test_an_axis_that_must_divide_and_does_not_is_named():
 
 def test_an_axis_that_only_stores_is_left_out_where_it_does_not_divide():
     mesh = AbstractMesh((1, 5, 2, 1, 1), sharding.MESH_AXES)
-    assert sharding.param_spec(mesh, ("embed", "mlp"), (24, 40)) == P(None, ("tensor", "expert"))
-    assert sharding.param_spec(mesh, ("embed", "mlp"), (25, 41)) == P("fsdp", "tensor")
+    assert sharding.param_spec(mesh, ("embed", "mlp"), (24, 40)) == P(
+        "context", ("tensor", "expert")
+    )
+    assert sharding.param_spec(mesh, ("embed", "mlp"), (25, 41)) == P(("fsdp", "context"), "tensor")

@@ -307,6 +307,8 @@ def small_disk(tmp_path, monkeypatch) -> Iterator[tuple[Path, Callable[[], objec
     yield tmp_path, lambda: monkeypatch.setattr(shutil, "disk_usage", usage)
 
 
+# What TensorStore could not write it reports late, to an event loop that Orbax has closed by then.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_full_disk_is_one_sentence_and_the_run_goes_on(place, small_disk, capsys):
     disk, make_room = small_disk
     out = disk / "run"
