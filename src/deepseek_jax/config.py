@@ -37,6 +37,10 @@ class Precision:
     """Master weights."""
     compute: Dtype = "bfloat16"
     """Operands of matmuls, and activations between them."""
+    matmuls: Literal["compute", "fp8"] = "compute"
+    """fp8: products of MLA's projections, feed-forward networks and experts, with both their
+    gradients, in block-scaled E4M3 (V3 section 3.3). The embedding, the head, the router, norms
+    and attention itself stay as they are; so do decoding's absorbed projections."""
     accumulate: Dtype = "float32"
     """Partial sums inside matmuls."""
     logits: Dtype = "float32"

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from deepseek_jax import sharding
 from deepseek_jax.config import LATENT_NORM_EPS
-from deepseek_jax.model.layers import ParamModule, dot, rms_norm
+from deepseek_jax.model.layers import ParamModule, dot, linear, rms_norm
 from deepseek_jax.model.rope import apply_rope
 
 # Scores exist for this many query positions at a time: [B, N, 512, S] and not [B, N, T, S].
@@ -164,7 +164,7 @@ class MLA(ParamModule):
         ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
             q_BTNH = queries(x_BTD)
             q_pe_BTNP = apply_rope(q_BTNH[..., C:], positions.cos_BTp, positions.sin_BTp)
-            latent = dot("btd,dx->btx", x_BTD, wkv_a_DX, precision)  # Eqs. 1 and 3
+            latent = linear(x_BTD, wkv_a_DX, precision)  # Eqs. 1 and 3
             latent = checkpoint_name(latent, "mla_latent")
             # Only c_kv is normalised; k_pe is shared by all heads.
             c_kv_BTR = rms_norm(latent[..., :R], kv_norm_R, LATENT_NORM_EPS)
@@ -175,7 +175,7 @@ class MLA(ParamModule):
                 c_kv = sharding.all_gather(c_kv_BTR, "sequence", 1)
                 k_pe = sharding.all_gather(k_pe_BTNP, "sequence", 1)
                 key_segments = sharding.all_gather(positions.segment_ids_BT, "sequence", 1)
-                kv_BSNX = dot("bsr,rnx->bsnx", c_kv, wkv_b_RNX, precision)  # Eqs. 2 and 5
+                kv_BSNX = linear(c_kv, wkv_b_RNX, precision)  # Eqs. 2 and 5
                 k_pe = jnp.broadcast_to(k_pe, (*kv_BSNX.shape[:3], P))
                 q = jnp.concatenate([q_BTNH[..., :C], q_pe_BTNP], axis=-1)
                 k = jnp.concatenate([kv_BSNX[..., :C], k_pe], axis=-1)
@@ -189,7 +189,7 @@ class MLA(ParamModule):
                 out = attend_latent(q_nope, q_pe_BTNP, cache, first_B, c.softmax_scale)
                 out = dot("btnr,rno->btno", out, wkv_b_RNX[..., C:], precision)
             out = checkpoint_name(out, "mla_heads")
-            out = dot("btno,nod->btd", out, wo_NOD, precision)  # Eq. 11
+            out = linear(out, wo_NOD, precision, contracted=2)  # Eq. 11
             return sharding.psum(out, "heads"), cache
 
         return attention
@@ -200,15 +200,15 @@ class MLA(ParamModule):
         D, Q, N, H = c.hidden_size, c.q_lora_rank, c.num_attention_heads, c.qk_head_dim
         if Q is None:
             wq_DNH = self.weight("wq", (D, N, H), ("embed", "heads", "head_dim"))
-            return lambda x_BTD: dot("btd,dnh->btnh", x_BTD, wq_DNH, self.precision)
+            return lambda x_BTD: linear(x_BTD, wq_DNH, self.precision)
         wq_a_DQ = self.weight("wq_a", (D, Q), ("embed", "latent_out"))
         q_norm_Q = self.scale("q_norm", Q)
         wq_b_QNH = self.weight("wq_b", (Q, N, H), ("latent_in", "heads", "head_dim"))
 
         def queries(x_BTD: jax.Array) -> jax.Array:
-            c_q = checkpoint_name(dot("btd,dq->btq", x_BTD, wq_a_DQ, self.precision), "mla_latent")
+            c_q = checkpoint_name(linear(x_BTD, wq_a_DQ, self.precision), "mla_latent")
             c_q = rms_norm(c_q, q_norm_Q, LATENT_NORM_EPS)
-            return dot("btq,qnh->btnh", c_q, wq_b_QNH, self.precision)
+            return linear(c_q, wq_b_QNH, self.precision)
 
         return queries
 

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from deepseek_jax.config import Precision
 from deepseek_jax.model.layers import swiglu
 from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.linear import fp8_grouped_linear, fp8_grouped_swiglu_linear
 
 
 class Pairs(NamedTuple):
@@ -78,7 +79,7 @@ def compact(keys_TK: Int[Array, "T K"], num_keys: int) -> Int[Array, "T k"]:
 
 
 class ExpertWeights(NamedTuple):
-    """The device's own experts, in the compute dtype."""
+    """The device's own experts."""
 
     w1_EDF: Float[Array, "E D F"]
     w3_EDF: Float[Array, "E D F"]
@@ -108,10 +109,17 @@ def local_experts(
             jnp.take_along_axis(a, first_TK, axis=1) for a in (experts_TK, gates_TK)
         )
     pairs = sorted_pairs(experts_TK, E, experts_TK.size if most is None else most)
-    times = functools.partial(grouped_matmul, group_sizes_G=pairs.sizes_G)
     x_MD = to_pairs(x_TD.astype(precision.compute_dtype), pairs)
     each = Pairs(pairs.choice_M, pairs.choice_M, pairs.slot_TK.reshape(-1, 1), pairs.sizes_G)
     gates_M1 = to_pairs(gates_TK.reshape(-1, 1), each)
+    in_fp8 = precision.matmuls == "fp8"
+    times = functools.partial(
+        fp8_grouped_linear if in_fp8 else grouped_matmul, group_sizes_G=pairs.sizes_G
+    )
     gate = checkpoint_name(times(x_MD, weights.w1_EDF), "ffn_gate")
     up = checkpoint_name(times(x_MD, weights.w3_EDF), "ffn_up")
+    if in_fp8:
+        # The gate comes last here: the FP8 layer makes SwiGLU's product itself, and quantizes it.
+        y_MD = fp8_grouped_swiglu_linear(gate, up, weights.w2_EFD, pairs.sizes_G)
+        return from_pairs((y_MD * gates_M1).astype(y_MD.dtype), pairs)
     return from_pairs(times(swiglu(gate, up, precision, gates_M1), weights.w2_EFD), pairs)

@@ -1,5 +1,6 @@
 """What every block is made of: matmul with the precision policy, RMSNorm, SwiGLU, parameters."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from jaxtyping import Array, Float
 from deepseek_jax import sharding
 from deepseek_jax.config import ModelConfig, Precision
 from deepseek_jax.types import UserError
+from pallas_kernels.linear import fp8_linear, fp8_swiglu_linear
 
 
 def dot(
@@ -26,6 +28,22 @@ def dot(
         preferred_element_type=jnp.dtype(precision.accumulate),
     )
     return out.astype(dtype)
+
+
+def linear(
+    x: Float[Array, "..."], w: Float[Array, "..."], precision: Precision, contracted: int = 1
+) -> Float[Array, "..."]:
+    """Multiply over the last ``contracted`` axes of x and the first of w; in FP8 if so asked."""
+    if precision.matmuls == "compute":
+        dtype, accumulate = precision.compute_dtype, jnp.dtype(precision.accumulate)
+        out = jnp.tensordot(
+            x.astype(dtype), w.astype(dtype), contracted, preferred_element_type=accumulate
+        )
+        return out.astype(dtype)
+    rows, columns = x.shape[: x.ndim - contracted], w.shape[contracted:]
+    K = math.prod(w.shape[:contracted])
+    x_MK = x.astype(precision.compute_dtype).reshape(-1, K)
+    return fp8_linear(x_MK, w.reshape(K, -1)).reshape(*rows, *columns)
 
 
 def rms_norm(
@@ -89,8 +107,12 @@ class ParamModule(nn.Module):
         """
         init = nn.initializers.normal(self.config.initializer_range)
         stored = self._declare(name, init, shape, axes)
-        whole = sharding.gathered(stored, axes, shape, dtype or self.precision.compute_dtype)
-        return checkpoint_name(whole, GATHERED)
+        if dtype is None:
+            # FP8 is rounded to from the master weights where they are at hand.
+            here = stored.shape == sharding.local_shapes(axes, shape)[1]
+            in_fp8 = self.precision.matmuls == "fp8"
+            dtype = stored.dtype if in_fp8 and here else self.precision.compute_dtype
+        return checkpoint_name(sharding.gathered(stored, axes, shape, dtype), GATHERED)
 
     def scale(self, name: str, size: int) -> jax.Array:
         """The gain of an RMSNorm, initially 1."""
@@ -126,9 +148,13 @@ class FeedForward(ParamModule):
         w2_FD = self.weight("w2", (F, D), ("mlp", "embed"))
 
         def ffn(x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-            gate = checkpoint_name(dot("btd,df->btf", x_BTD, w1_DF, self.precision), "ffn_gate")
-            up = checkpoint_name(dot("btd,df->btf", x_BTD, w3_DF, self.precision), "ffn_up")
-            out = dot("btf,fd->btd", swiglu(gate, up, self.precision), w2_FD, self.precision)
+            gate = checkpoint_name(linear(x_BTD, w1_DF, self.precision), "ffn_gate")
+            up = checkpoint_name(linear(x_BTD, w3_DF, self.precision), "ffn_up")
+            if self.precision.matmuls == "fp8":
+                flat = (a.reshape(-1, a.shape[-1]) for a in (gate, up))
+                out = fp8_swiglu_linear(*flat, w2_FD).reshape(x_BTD.shape)
+            else:
+                out = linear(swiglu(gate, up, self.precision), w2_FD, self.precision)
             return sharding.psum(out, "mlp")
 
         return ffn

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from deepseek_jax import sharding
 from deepseek_jax.model.attention import Positions
-from deepseek_jax.model.layers import ParamModule, dot, rms_norm
+from deepseek_jax.model.layers import ParamModule, linear, rms_norm
 from deepseek_jax.model.moe import Balance
 
 
@@ -52,7 +52,7 @@ class MTPModule(ParamModule):
             axis=-1,
         )
         eh_proj = self.weight("eh_proj", (2 * D, D), ("latent_out", "embed"))
-        h_BTD = dot("btx,xd->btd", both, eh_proj, self.precision)  # Eq. 21
+        h_BTD = linear(both, eh_proj, self.precision)  # Eq. 21
         block: Any = self.block(self.config, self.precision, name="block")
         h_BTD, (_, balance) = block(h_BTD, (bias_E, None), positions, None)  # Eq. 22
         return rms_norm(h_BTD, self.scale("norm", D), eps), balance

@@ -134,9 +134,11 @@ class DeepSeekV3(ParamModule):
         """Declare parameters; the two layer stacks are scanned, so compile time is flat."""
         c = self.config
         V, D = c.vocab_size, c.hidden_size
-        self.embed_VD = self.weight("embed", (V, D), ("vocab", "embed"))
+        # V3 section 3.3.1: embedding and head are not in FP8.
+        dtype = self.precision.compute_dtype
+        self.embed_VD = self.weight("embed", (V, D), ("vocab", "embed"), dtype)
         self.norm_D = self.scale("norm", D)
-        self.head_DV = self.weight("head", (D, V), ("embed", "vocab"))
+        self.head_DV = self.weight("head", (D, V), ("embed", "vocab"), dtype)
         block = _remat(Block, self.remat)
         stack = functools.partial(
             nn.scan,
