@@ -151,8 +151,8 @@ class FeedForward(ParamModule):
             gate = checkpoint_name(linear(x_BTD, w1_DF, self.precision), "ffn_gate")
             up = checkpoint_name(linear(x_BTD, w3_DF, self.precision), "ffn_up")
             if self.precision.matmuls == "fp8":
-                flat = (a.reshape(-1, a.shape[-1]) for a in (gate, up))
-                out = fp8_swiglu_linear(*flat, w2_FD).reshape(x_BTD.shape)
+                gate_MF, up_MF = (a.reshape(-1, a.shape[-1]) for a in (gate, up))
+                out = fp8_swiglu_linear(gate_MF, up_MF, w2_FD).reshape(x_BTD.shape)
             else:
                 out = linear(swiglu(gate, up, self.precision), w2_FD, self.precision)
             return sharding.psum(out, "mlp")
