@@ -2,7 +2,6 @@
 
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -47,7 +46,7 @@ def fp8_matmul(
 
 def _pick() -> Impl:
     impl: Impl = "reference"
-    if jax.default_backend() == "tpu":
+    if backend.platform() == "tpu":
         impl = "tpu"
     elif backend.on_hopper():
         impl = "hopper"

@@ -172,15 +172,12 @@ def plan_exchange(offsets_N: Int[Array, "N"], sizes_N: Int[Array, "N"]) -> Excha
     return Exchange(offsets_N, sizes_N, recv_offsets, recv_sizes, there, back_offsets)
 
 
-def exchange(rows_SD: Any, exchange: Exchange, size: int) -> Any:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def exchange(rows_SD: jax.Array, ex: Exchange, size: int) -> jax.Array:
     """The rows that arrive, in a buffer of ``size`` rows that is otherwise zero.
 
     Its gradient is the exchange back.
     """
-    return _exchange(rows_SD, exchange, size)
-
-
-def _exchange_now(rows_SD, ex: Exchange, size: int):
     return sharding.ragged_all_to_all(
         rows_SD,
         size,
@@ -192,10 +189,9 @@ def _exchange_now(rows_SD, ex: Exchange, size: int):
     )
 
 
-_exchange = jax.custom_vjp(_exchange_now, nondiff_argnums=(2,))
-_exchange.defvjp(
-    lambda rows_SD, ex, size: (_exchange_now(rows_SD, ex, size), (ex, len(rows_SD))),
-    lambda size, saved, ct: (_exchange_now(ct, saved[0].back(), saved[1]), None),
+exchange.defvjp(
+    lambda rows_SD, ex, size: (exchange(rows_SD, ex, size), (ex, len(rows_SD))),
+    lambda size, saved, ct: (exchange(ct, saved[0].back(), saved[1]), None),
 )
 
 

@@ -23,7 +23,7 @@ from deepseek_jax.model.transformer import (
 from deepseek_jax.train.loop import jit_step
 from deepseek_jax.train.losses import pretrain_loss
 from deepseek_jax.train.optim import OptimConfig, bias_speed, make_optimizer, mtp_weight
-from deepseek_jax.train.step import abstract_state, make_train_step
+from deepseek_jax.train.step import BATCH_SPEC, abstract_state, make_train_step
 from deepseek_jax.types import Batch, UserError
 
 # Schedules need an end; nothing that is compiled depends on where it is.
@@ -84,7 +84,7 @@ def training_step(
 
     step = make_train_step(model, tx, loss_fn, bias_speed(optim, _STEPS))
     state = abstract_state(model, tx, mesh)
-    where = sharding.sharding(mesh, "accumulate", "batch", "sequence")
+    where = NamedSharding(mesh, BATCH_SPEC)
 
     def array(dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((micro_batches, rows, seq_len), dtype, sharding=where)

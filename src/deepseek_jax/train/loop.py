@@ -16,13 +16,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from deepseek_jax import distributed, sharding
+from deepseek_jax import distributed
 from deepseek_jax.checkpoint import Checkpointer, Restored
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.data.feed import Feed, TrainRows, make_feed
 from deepseek_jax.report import LossMonitor, MetricsWriter, Progress
 from deepseek_jax.train.optim import Schedule, batch_ramp
-from deepseek_jax.train.step import Metrics, TrainStep
+from deepseek_jax.train.step import BATCH_SPEC, Metrics, TrainStep
 from deepseek_jax.types import Batch, TrainState, UserError
 
 
@@ -282,7 +282,7 @@ def divide_batch(rows: int, seq_len: int, mesh: Mesh) -> Feed:
     Raises:
         UserError: if they cannot be divided evenly over the mesh.
     """
-    where = sharding.sharding(mesh, "accumulate", "batch", "sequence")
+    where = NamedSharding(mesh, BATCH_SPEC)
     shards, parts = _parts(where, 1), _parts(where, 2)
     if rows % shards:
         raise UserError(
