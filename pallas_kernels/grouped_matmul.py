@@ -72,7 +72,10 @@ def grouped_matmul(
         return _hopper(x_MK, w_GKN, group_sizes_G, False)
     if x_MK.shape[0] == 0:
         return jnp.zeros((0, w_GKN.shape[2]), x_MK.dtype)
-    rows = min(_BLOCK_ROWS.get(backend.platform(), _BLOCK_ROWS_ELSEWHERE), x_MK.shape[0])
+    # With few rows, as in decoding, about as many as a group has: a block is read whole.
+    each = 1 << (x_MK.shape[0] // w_GKN.shape[0]).bit_length()
+    most = _BLOCK_ROWS.get(backend.platform(), _BLOCK_ROWS_ELSEWHERE)
+    rows = min(most, max(8, each), x_MK.shape[0])
     return _blocked(x_MK, w_GKN, group_sizes_G, rows)
 
 

@@ -1,7 +1,10 @@
 """Shapes and types of every public function are checked at run time in all tests."""
 
+import atexit
 import os
+import shutil
 import signal
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -10,6 +13,14 @@ _FLAG = "--xla_force_host_platform_device_count"
 if _FLAG not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}=8"
 
+# Tests compile the same programs over and over. What one has compiled the others load, those of
+# the other workers and of child processes too.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+
+import jax  # noqa: E402
 import pytest  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
@@ -23,3 +34,10 @@ install_import_hook(["deepseek_jax", "pallas_kernels"], "beartype.beartype")
 def _no_trace_at_home(tmp_path_factory):
     """Compiled programs are kept in the user's cache by default."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs():
+    """A worker that keeps every program it ever compiled grows to gigabytes."""
+    yield
+    jax.clear_caches()

@@ -22,7 +22,7 @@ Q      latent width of queries, ``q_lora_rank``
 R      latent width of keys and values, ``kv_lora_rank``
 E      routed experts
 K      experts per token (top-k); in ``pallas_kernels`` the contracted axis
-G      expert groups; in ``pallas_kernels`` the groups of a grouped matmul
+G      groups: of experts, of a grouped matmul's rows, of values that share an FP8 scale
 M      rows: flattened (token, chosen expert) pairs; flattened positions in losses
 ====== =================================================================
 """
@@ -75,6 +75,8 @@ class KVCache(NamedTuple):
     c_kv_LBSR: Float[Array, "L B S R"]
     k_pe_LBSP: Float[Array, "L B S P"]
     length_B: Int[Array, "B"]
+    scale_LBSG: Float[Array, "L B S G"] | None = None
+    """Where ``c_kv`` is in FP8: the scales of its 1x128 tiles."""
 
 
 class TrainState(NamedTuple):

@@ -202,7 +202,7 @@ def test_dispatch_drops_no_token(shared, skew):
     bias = jnp.zeros(E).at[:K].set(skew)
 
     def ours(params, x):
-        (out,), routing = module.apply({"params": params})(bias, x)
+        (out,), routing = module.apply({"params": params})(bias, [x], [None])
         return (out**2).sum(), balance(routing, jnp.ones((B, T), bool), config)
 
     def dense(params, x):

@@ -6,7 +6,7 @@ into the query and the output, so that only the latent (R + P numbers a token) i
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +18,16 @@ from deepseek_jax import sharding
 from deepseek_jax.config import LATENT_NORM_EPS
 from deepseek_jax.model.layers import ParamModule, dot, linear, rms_norm
 from deepseek_jax.model.rope import apply_rope
+from deepseek_jax.types import KVCache
+from pallas_kernels.quantize import quantize_tiles
+from pallas_kernels.reference import TILE
 
 # Scores exist for this many query positions at a time: [B, N, 512, S] and not [B, N, T, S].
 QUERY_CHUNK = 512
+# Over a cache they exist for this many slots at a time.
+KEY_BLOCK = 512
+# Of slots that are not seen. Finite: a row may see none, and must not become NaN.
+LEAST = -1e30
 
 
 class Positions(NamedTuple):
@@ -29,13 +36,6 @@ class Positions(NamedTuple):
     cos_BTp: Float[Array, "B T p"]
     sin_BTp: Float[Array, "B T p"]
     segment_ids_BT: Int[Array, "B T"]
-
-
-class LayerCache(NamedTuple):
-    """One layer's part of ``KVCache``."""
-
-    c_kv_BSR: Float[Array, "B S R"]
-    k_pe_BSP: Float[Array, "B S P"]
 
 
 def attend(
@@ -113,29 +113,104 @@ def _attend_cudnn(
     return out[..., :O]
 
 
-def attend_latent(
+def attend_absorbed(
     q_nope_BTNR: Float[Array, "B T N R"],
     q_pe_BTNP: Float[Array, "B T N P"],
-    cache: LayerCache,
-    first_B: Int[Array, "B"],
+    cache: KVCache,
+    layer: Int[Array, ""] | int,
     scale: float,
 ) -> Float[Array, "B T N R"]:
     """Attention over the latent cache with absorbed queries: one "KV head" of width R + P.
 
-    Query t of row b sits in slot ``first_B[b] + t`` and sees the slots up to its own.
+    Query t of row b sits in slot ``cache.length_B[b] + t`` and sees the slots up to its own.
     """
-    c_kv, k_pe = (x.astype(q_pe_BTNP.dtype) for x in cache)
-    scores = jnp.einsum("btnr,bsr->bnts", q_nope_BTNR, c_kv, preferred_element_type=jnp.float32)
-    scores += jnp.einsum("btnp,bsp->bnts", q_pe_BTNP, k_pe, preferred_element_type=jnp.float32)
-    T, S = scores.shape[2:]
-    last_BT = first_B[:, None] + jnp.arange(T)
-    seen_BTS = jnp.arange(S) <= last_BT[..., None]
-    probs = jax.nn.softmax(jnp.where(seen_BTS[:, None], scores * scale, -jnp.inf), axis=-1)
-    return jnp.einsum("bnts,bsr->btnr", probs.astype(c_kv.dtype), c_kv)
+
+    def scores(c_kv_BSR: jax.Array) -> jax.Array:
+        return jnp.einsum(
+            "btnr,bsr->bnts", q_nope_BTNR, c_kv_BSR, preferred_element_type=jnp.float32
+        )
+
+    return _over_cache(q_pe_BTNP, cache, layer, scale, lambda c_kv: (scores(c_kv), c_kv))
 
 
-# (x, positions, cache, first) -> (out, cache)
-Attention = Callable[..., tuple[jax.Array, LayerCache | None]]
+def attend_expanded(
+    q_nope_BTNC: Float[Array, "B T N C"],
+    q_pe_BTNP: Float[Array, "B T N P"],
+    cache: KVCache,
+    layer: Int[Array, ""] | int,
+    scale: float,
+    expand: Callable[[jax.Array], jax.Array],
+) -> Float[Array, "B T N O"]:
+    """The same with keys and values unfolded, a block of slots at a time.
+
+    ``expand`` is ``c_kv_BSR -> kv_BSNX``, keys and values side by side (V3 Eqs. 2 and 5).
+    """
+    C = q_nope_BTNC.shape[-1]
+
+    def scores_and_values(c_kv_BSR: jax.Array) -> tuple[jax.Array, jax.Array]:
+        kv_BSNX = expand(c_kv_BSR)
+        keys = kv_BSNX[..., :C]
+        scores = jnp.einsum(
+            "btnc,bsnc->bnts", q_nope_BTNC, keys, preferred_element_type=jnp.float32
+        )
+        return scores, kv_BSNX[..., C:]
+
+    return _over_cache(q_pe_BTNP, cache, layer, scale, scores_and_values)
+
+
+def _over_cache(
+    q_pe_BTNP: jax.Array,
+    cache: KVCache,
+    layer: jax.Array | int,
+    scale: float,
+    scores_and_values: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
+) -> jax.Array:
+    """Softmax over the filled slots, block by block (Milakov and Gimelshein, 2018).
+
+    The number of blocks follows the longest row, so an empty cache costs nothing; it is one
+    program all the same.
+    """
+    T, S = q_pe_BTNP.shape[1], cache.k_pe_LBSP.shape[2]
+    block = min(S, KEY_BLOCK)
+    last_BT = cache.length_B[:, None] + jnp.arange(T)
+    dtype = q_pe_BTNP.dtype
+
+    def one_block(j: jax.Array | int) -> tuple[jax.Array, jax.Array, jax.Array]:
+        start = jnp.minimum(j * block, S - block)  # the last block may overlap the one before
+        c_kv, k_pe = read_cache(cache, layer, start, block, dtype)
+        scores, values = scores_and_values(c_kv)
+        scores += jnp.einsum("btnp,bsp->bnts", q_pe_BTNP, k_pe, preferred_element_type=jnp.float32)
+        slots = start + jnp.arange(block)
+        seen_BTS = (slots <= last_BT[..., None]) & (slots >= j * block)
+        scores = jnp.where(seen_BTS[:, None], scores * scale, LEAST)
+        top = scores.max(-1)
+        weights = jnp.exp(scores - top[..., None])
+        by_head = "bsnx" if values.ndim == 4 else "bsx"
+        out = jnp.einsum(
+            f"bnts,{by_head}->bntx",
+            weights.astype(values.dtype),
+            values,
+            preferred_element_type=jnp.float32,
+        )
+        return top, weights.sum(-1), out
+
+    def add_block(j: jax.Array, before: Any) -> Any:
+        now = one_block(j)
+        top = jnp.maximum(before[0], now[0])
+        old, new = jnp.exp(before[0] - top), jnp.exp(now[0] - top)
+        total = before[1] * old + now[1] * new
+        return top, total, before[2] * old[..., None] + now[2] * new[..., None]
+
+    sums = one_block(0)
+    if block < S:
+        filled = jnp.minimum(last_BT.max() + 1, S)
+        sums = jax.lax.fori_loop(1, -(-filled // block), add_block, sums)
+    _, total, out = sums
+    return jnp.moveaxis(out / total[..., None], 1, 2).astype(dtype)
+
+
+# (x, positions, cache, layer) -> (out, cache)
+Attention = Callable[..., tuple[jax.Array, KVCache | None]]
 
 
 class MLA(ParamModule):
@@ -159,9 +234,9 @@ class MLA(ParamModule):
         def attention(
             x_BTD: Float[Array, "B T D"],
             positions: Positions,
-            cache: LayerCache | None = None,
-            first_B: Int[Array, "B"] | None = None,
-        ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+            cache: KVCache | None = None,
+            layer: Int[Array, ""] | int = 0,
+        ) -> tuple[Float[Array, "B T D"], KVCache | None]:
             q_BTNH = queries(x_BTD)
             q_pe_BTNP = apply_rope(q_BTNH[..., C:], positions.cos_BTp, positions.sin_BTp)
             latent = linear(x_BTD, wkv_a_DX, precision)  # Eqs. 1 and 3
@@ -183,11 +258,21 @@ class MLA(ParamModule):
                 segments = (positions.segment_ids_BT, key_segments)
                 out = attend(q, k, kv_BSNX[..., C:], *segments, first, c.softmax_scale)
             else:
-                assert first_B is not None
-                cache = write_cache(cache, c_kv_BTR, k_pe_BTNP[:, :, 0], first_B)
-                q_nope = dot("btnc,rnc->btnr", q_BTNH[..., :C], wkv_b_RNX[..., :C], precision)
-                out = attend_latent(q_nope, q_pe_BTNP, cache, first_B, c.softmax_scale)
-                out = dot("btnr,rno->btno", out, wkv_b_RNX[..., C:], precision)
+                cache = write_cache(cache, layer, c_kv_BTR, k_pe_BTNP[:, :, 0])
+                if x_BTD.shape[1] * (2 * R + P - C - P - O) > R * (C + O):
+                    # Unfolding a slot costs R (C + O) a head, and then saves this for each query.
+                    out = attend_expanded(
+                        q_BTNH[..., :C],
+                        q_pe_BTNP,
+                        cache,
+                        layer,
+                        c.softmax_scale,
+                        lambda c_kv: linear(c_kv, wkv_b_RNX, precision),
+                    )
+                else:
+                    q_nope = dot("btnc,rnc->btnr", q_BTNH[..., :C], wkv_b_RNX[..., :C], precision)
+                    out = attend_absorbed(q_nope, q_pe_BTNP, cache, layer, c.softmax_scale)
+                    out = dot("btnr,rno->btno", out, wkv_b_RNX[..., C:], precision)
             out = checkpoint_name(out, "mla_heads")
             out = linear(out, wo_NOD, precision, contracted=2)  # Eq. 11
             return sharding.psum(out, "heads"), cache
@@ -214,20 +299,47 @@ class MLA(ParamModule):
 
 
 def write_cache(
-    cache: LayerCache,
+    cache: KVCache,
+    layer: Int[Array, ""] | int,
     c_kv_BTR: Float[Array, "B T R"],
     k_pe_BTP: Float[Array, "B T P"],
-    first_B: Int[Array, "B"],
-) -> LayerCache:
-    """The cache with T new tokens per row, put in from slot ``first_B`` on."""
+) -> KVCache:
+    """The cache with T new tokens per row in one layer, from slot ``length_B`` on.
 
-    def write(slots_SX: jax.Array, new_TX: jax.Array, first: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice_in_dim(slots_SX, new_TX, first, axis=0)
+    Written into the stack of all layers, which a loop over layers carries: as its input and
+    output it would be copied whole for every token. Slots outside the cache are not written.
+    """
+    B, T, _ = c_kv_BTR.shape
+    slots_BT = cache.length_B[:, None] + jnp.arange(T)
+    slots_BT = jnp.where(slots_BT < 0, cache.k_pe_LBSP.shape[2], slots_BT)  # -1 is not the last
 
-    new = (c_kv_BTR, k_pe_BTP)
-    return LayerCache(
-        *(
-            jax.vmap(write)(old, x.astype(old.dtype), first_B)
-            for old, x in zip(cache, new, strict=True)
-        )
+    def put(old_LBSX: jax.Array, new_BTX: jax.Array) -> jax.Array:
+        at = old_LBSX.at[layer, jnp.arange(B)[:, None], slots_BT]
+        return at.set(new_BTX.astype(old_LBSX.dtype), mode="drop", unique_indices=True)
+
+    scale_LBSG = cache.scale_LBSG
+    if scale_LBSG is not None:
+        quantized = quantize_tiles(c_kv_BTR.reshape(B * T, -1))
+        c_kv_BTR = quantized.values.reshape(c_kv_BTR.shape)
+        scale_LBSG = put(scale_LBSG, quantized.scale.T.reshape(B, T, -1))
+    return cache._replace(
+        c_kv_LBSR=put(cache.c_kv_LBSR, c_kv_BTR),
+        k_pe_LBSP=put(cache.k_pe_LBSP, k_pe_BTP),
+        scale_LBSG=scale_LBSG,
     )
+
+
+def read_cache(
+    cache: KVCache, layer: Int[Array, ""] | int, start: Int[Array, ""] | int, size: int, dtype: Any
+) -> tuple[Float[Array, "B s R"], Float[Array, "B s P"]]:
+    """One layer's ``size`` slots from ``start`` on, of every row."""
+
+    def take(x_LBSX: jax.Array) -> jax.Array:
+        B, X = x_LBSX.shape[1], x_LBSX.shape[3]
+        return jax.lax.dynamic_slice(x_LBSX, (layer, 0, start, 0), (1, B, size, X))[0]
+
+    c_kv, k_pe = take(cache.c_kv_LBSR), take(cache.k_pe_LBSP)
+    if cache.scale_LBSG is not None:
+        scale = jnp.repeat(take(cache.scale_LBSG), TILE, axis=-1)[..., : c_kv.shape[-1]]
+        c_kv = c_kv.astype(jnp.float32) * scale
+    return c_kv.astype(dtype), k_pe.astype(dtype)

@@ -1,6 +1,6 @@
 """DeepSeekMoE: routing (V3 section 2.1.2; V2 section 2.2), balance losses, dropless dispatch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -39,12 +39,34 @@ class Balance(NamedTuple):
         return Balance(load, sharding.pmean(self.loss, "batch"))
 
 
+class LayerInput(NamedTuple):
+    """What differs from layer to layer, beside the weights."""
+
+    bias_E: Float[Array, "*L E"] | None = None
+    """Selection biases; None for a dense layer."""
+    experts_BTK: Int[Array, "*L B T K"] | None = None
+    """Experts that were chosen before, see ``route``."""
+    layer: Int[Array, "*L"] | int = 0
+    """Its place in the cache."""
+
+
+class LayerReport(NamedTuple):
+    """What a layer says beside its output."""
+
+    balance: Balance
+    experts_BTK: Int[Array, "*L B T K"]
+
+
 def route(
-    logits_BTE: Float[Array, "B T E"], bias_E: Float[Array, "E"], config: ModelConfig
+    logits_BTE: Float[Array, "B T E"],
+    bias_E: Float[Array, "E"],
+    config: ModelConfig,
+    experts_BTK: Int[Array, "B T K"] | None = None,
 ) -> Routing:
     """Choose K experts per token (V3 Eqs. 12-16; V2 section 2.2.2). All in float32.
 
-    ``bias_E`` steers the choice and never the gate. V2's methods take no bias.
+    ``bias_E`` steers the choice and never the gate. V2's methods take no bias. ``experts_BTK`` is
+    a choice made before ("keep routing", V3.2 section 3.1); -1 as a token's first: none was.
     """
     v3 = config.topk_method == "noaux_tc"
     logits_BTE = logits_BTE.astype(jnp.float32)
@@ -52,7 +74,11 @@ def route(
     choice = scores + bias_E if v3 else scores
     if config.n_group > 1:
         choice = jnp.where(reachable(choice, config), choice, -jnp.inf)
-    _, experts_BTK = jax.lax.top_k(jax.lax.stop_gradient(choice), config.num_experts_per_tok)
+    _, own_BTK = jax.lax.top_k(jax.lax.stop_gradient(choice), config.num_experts_per_tok)
+    if experts_BTK is None:
+        experts_BTK = own_BTK
+    else:
+        experts_BTK = jnp.where(experts_BTK[..., :1] < 0, own_BTK, experts_BTK)
     gates = jnp.take_along_axis(scores, experts_BTK, axis=-1)
     if config.norm_topk_prob:
         gates = gates / (gates.sum(-1, keepdims=True) + 1e-20)
@@ -161,7 +187,7 @@ class MoE(ParamModule):
 
     @nn.compact
     def __call__(self) -> Callable[..., tuple[list[jax.Array], Routing]]:
-        """The layer as a function of ``bias_E`` and parts of the batch ``x_BTD``.
+        """The layer as a function of ``bias_E``, parts of the batch, and their experts if chosen.
 
         It returns the output of every part, and the routing of all together.
         """
@@ -185,11 +211,13 @@ class MoE(ParamModule):
             shared = FeedForward(c, self.precision, width=width, name="shared_experts")()
 
         def moe(
-            bias_E: Float[Array, "E"], *x_BTD: Float[Array, "B T D"]
+            bias_E: Float[Array, "E"],
+            x_BTD: Sequence[Float[Array, "B T D"]],
+            experts_BTK: Sequence[Int[Array, "B T K"] | None],
         ) -> tuple[list[Float[Array, "B T D"]], Routing]:
             routing = [
-                route(jnp.einsum("btd,de->bte", x.astype(jnp.float32), gate_DE), bias_E, c)
-                for x in x_BTD
+                route(jnp.einsum("btd,de->bte", x.astype(jnp.float32), gate_DE), bias_E, c, chosen)
+                for x, chosen in zip(x_BTD, experts_BTK, strict=True)
             ]
             chosen = [
                 Chosen(x.reshape(-1, D), r.experts_BTK.reshape(-1, K), r.weights_BTK.reshape(-1, K))

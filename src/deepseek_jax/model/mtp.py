@@ -10,7 +10,8 @@ from jaxtyping import Array, Float, Int
 from deepseek_jax import sharding
 from deepseek_jax.model.attention import Positions
 from deepseek_jax.model.layers import ParamModule, linear, rms_norm
-from deepseek_jax.model.moe import Balance
+from deepseek_jax.model.moe import LayerInput, LayerReport
+from deepseek_jax.types import KVCache
 
 
 def shift_left(x_BT: Int[Array, "B T"] | Float[Array, "B T"], by: int) -> Array:
@@ -38,10 +39,11 @@ class MTPModule(ParamModule):
         self,
         h_BTD: Float[Array, "B T D"],
         next_embedding_BTD: Float[Array, "B T D"],
-        bias_E: Float[Array, "E"],
+        layer: LayerInput,
         positions: Positions,
-    ) -> tuple[Float[Array, "B T D"], Balance]:
-        """(normed h of this depth, for the shared head and depth k+1; balance of its MoE layer)."""
+        cache: KVCache | None = None,
+    ) -> tuple[Float[Array, "B T D"], KVCache | None, LayerReport]:
+        """Normed h of this depth, for the shared head and depth k+1; cache; its MoE's report."""
         D, eps = self.config.hidden_size, self.config.rms_norm_eps
         # The report prints [hidden; embedding]; the released weights are [embedding; hidden].
         both = jnp.concatenate(
@@ -54,5 +56,5 @@ class MTPModule(ParamModule):
         eh_proj = self.weight("eh_proj", (2 * D, D), ("latent_out", "embed"))
         h_BTD = linear(both, eh_proj, self.precision)  # Eq. 21
         block: Any = self.block(self.config, self.precision, name="block")
-        h_BTD, (_, balance) = block(h_BTD, (bias_E, None), positions, None)  # Eq. 22
-        return rms_norm(h_BTD, self.scale("norm", D), eps), balance
+        (h_BTD, cache), report = block((h_BTD, cache), layer, positions)  # Eq. 22
+        return rms_norm(h_BTD, self.scale("norm", D), eps), cache, report

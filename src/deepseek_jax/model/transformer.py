@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from deepseek_jax import sharding
 from deepseek_jax.config import FLOAT32, ModelConfig, Precision, RematPolicy
-from deepseek_jax.model.attention import MLA, LayerCache, Positions
+from deepseek_jax.model.attention import MLA, Positions
 from deepseek_jax.model.dispatch import ExpertParallel
 from deepseek_jax.model.layers import (
     GATHERED,
@@ -20,7 +20,7 @@ from deepseek_jax.model.layers import (
     ParamModule,
     rms_norm,
 )
-from deepseek_jax.model.moe import Balance, MoE, balance
+from deepseek_jax.model.moe import Balance, LayerInput, LayerReport, MoE, balance
 from deepseek_jax.model.mtp import MTPModule, shift_left
 from deepseek_jax.model.rope import rope_tables
 from deepseek_jax.types import KVCache, Params
@@ -61,46 +61,50 @@ class Block(ParamModule):
     @nn.compact
     def __call__(
         self,
-        x_BTD: Float[Array, "B T D"],
-        per_layer: tuple[Float[Array, "E"] | None, LayerCache | None],
+        carry: tuple[Float[Array, "B T D"], KVCache | None],
+        layer: LayerInput,
         positions: Positions,
-        first_B: Int[Array, "B"] | None,
-    ) -> tuple[Float[Array, "B T D"], tuple[LayerCache | None, Balance | None]]:
-        """``per_layer`` is this layer's router bias and cache; both may be absent."""
+    ) -> tuple[tuple[Float[Array, "B T D"], KVCache | None], LayerReport | None]:
+        """``carry`` is the residual stream, and the cache of all layers where there is one."""
         c, precision = self.config, self.precision
         D, eps = c.hidden_size, c.rms_norm_eps
-        bias_E, cache = per_layer
+        x_BTD, cache = carry
         attention = MLA(c, precision, name="attn")()
         attn_norm_D, ffn_norm_D = self.scale("attn_norm", D), self.scale("ffn_norm", D)
-        parts = [(x_BTD, positions)]
+        parts = [(x_BTD, positions, layer.experts_BTK)]
         if self.use_moe and self.parallel.overlap and sharding.parts("expert") > 1:
             self.parallel.check_rows(len(x_BTD))
-            parts = _halves(x_BTD, positions)
+            parts = _halves(parts[0])
         states, inputs = [], []
-        for x, where in parts:
+        for x, where, _ in parts:
             normed = rms_norm(x, attn_norm_D, eps)
-            attended, cache = attention(normed, where, cache, first_B)
+            attended, cache = attention(normed, where, cache, layer.layer)
             states.append(x + attended)
             inputs.append(rms_norm(states[-1], ffn_norm_D, eps))
         if self.use_moe:
-            assert bias_E is not None
-            outs, routing = MoE(c, precision, self.parallel, name="moe")()(bias_E, *inputs)
-            report = balance(routing, positions.segment_ids_BT > 0, c)
+            assert layer.bias_E is not None
+            moe = MoE(c, precision, self.parallel, name="moe")()
+            outs, routing = moe(layer.bias_E, inputs, [chosen for _, _, chosen in parts])
+            loads = balance(routing, positions.segment_ids_BT > 0, c)
+            report = LayerReport(loads, routing.experts_BTK)
         else:
             ffn = FeedForward(c, precision, width=c.intermediate_size, name="ffn")()
             outs, report = [ffn(x) for x in inputs], None
         x_BTD = jnp.concatenate([x + out for x, out in zip(states, outs, strict=True)])
-        return x_BTD, (cache, report)
+        return (x_BTD, cache), report
 
 
-def _halves(x_BTD: jax.Array, positions: Positions) -> list[tuple[jax.Array, Positions]]:
+Part = tuple[jax.Array, Positions, jax.Array | None]
+
+
+def _halves(part: Part) -> list[Part]:
     """This device's rows in two parts, neither of which waits for the other.
 
     So one half's tokens can travel while the other half computes (V3 sections 3.2.1 and 3.4.2):
     the compiler's scheduler places the transfers, since nothing orders them.
     """
-    B = len(x_BTD)
-    return [jax.tree.map(lambda a, i=i: a[i : i + B // 2], (x_BTD, positions)) for i in (0, B // 2)]
+    B = len(part[0])
+    return [jax.tree.map(lambda a, i=i: a[i : i + B // 2], part) for i in (0, B // 2)]
 
 
 def _all_but_gathered(primitive: Any, *_: Any, **params: Any) -> bool:
@@ -145,7 +149,7 @@ class DeepSeekV3(ParamModule):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),
+            in_axes=(0, nn.broadcast),
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         if dense := c.first_k_dense_replace:
@@ -180,6 +184,7 @@ class DeepSeekV3(ParamModule):
         next_BT: Int[Array, "B T"] | None = None,
         segment_ids_BT: Int[Array, "B T"] | None = None,
         positions_BT: Int[Array, "B T"] | None = None,
+        experts_LBTK: Int[Array, "l B T K"] | None = None,
     ) -> Hidden:
         """The stack without the head.
 
@@ -189,6 +194,7 @@ class DeepSeekV3(ParamModule):
             next_BT: token i+1 at position i; None leaves the MTP modules out.
             segment_ids_BT: attention stays within a segment; 0 is padding. Default: all 1.
             positions_BT: RoPE positions. Default: 0, 1, 2, ...
+            experts_LBTK: experts chosen before, of the MoE layers of the main model.
         """
         c = self.config
         B, T = tokens_BT.shape
@@ -199,36 +205,69 @@ class DeepSeekV3(ParamModule):
             positions_BT = jnp.broadcast_to(first + jnp.arange(T), (B, T))
         positions = Positions(*rope_tables(c, positions_BT), segment_ids_BT)
 
-        h_BTD, _, balance = self._stack(
-            self._embed(tokens_BT), router_bias_LE, None, positions, None
+        h_BTD, _, report = self._stack(
+            self._embed(tokens_BT), router_bias_LE, positions, None, experts_LBTK
         )
         main_BTD = h_BTD = rms_norm(h_BTD, self.norm_D, c.rms_norm_eps)
-        loads, losses, mtp_BTD = [balance.load_E], [balance.loss.sum()], []
+        loads, losses, mtp_BTD = [report.balance.load_E], [report.balance.loss.sum()], []
         for k, module in enumerate(self.mtp if next_BT is not None else []):
             assert next_BT is not None
-            bias_E = router_bias_LE[c.num_moe_layers + k]
+            layer = LayerInput(router_bias_LE[c.num_moe_layers + k])
             next_embedding = self._embed(shift_left(next_BT, k))
-            h_BTD, balance = module(h_BTD, next_embedding, bias_E, positions)
-            loads.append(balance.load_E[None])
-            losses.append(balance.loss)
+            h_BTD, _, report = module(h_BTD, next_embedding, layer, positions)
+            loads.append(report.balance.load_E[None])
+            losses.append(report.balance.loss)
             mtp_BTD.append(h_BTD)
-        balance = Balance(jnp.concatenate(loads), sum(losses, jnp.float32(0))).over_mesh()
-        return Hidden(main_BTD, tuple(mtp_BTD), balance.load_E, balance.loss)
+        total = Balance(jnp.concatenate(loads), sum(losses, jnp.float32(0))).over_mesh()
+        return Hidden(main_BTD, tuple(mtp_BTD), total.load_E, total.loss)
+
+    def extend(
+        self, tokens_BT: Int[Array, "B T"], router_bias_LE: Float[Array, "L E"], cache: KVCache
+    ) -> tuple[Float[Array, "B T D"], KVCache, Int[Array, "l B T K"]]:
+        """T further tokens per row: final-normed states, the cache with them in it, experts.
+
+        The experts are those that each MoE layer of the main model chose.
+        """
+        positions = self._cached_positions(cache, tokens_BT.shape[1])
+        h_BTD, filled, report = self._stack(
+            self._embed(tokens_BT), router_bias_LE, positions, cache, None
+        )
+        assert filled is not None
+        normed = rms_norm(h_BTD, self.norm_D, self.config.rms_norm_eps)
+        filled = filled._replace(length_B=cache.length_B + tokens_BT.shape[1])
+        return normed, filled, report.experts_BTK
 
     def decode(
         self, tokens_BT: Int[Array, "B T"], router_bias_LE: Float[Array, "L E"], cache: KVCache
     ) -> tuple[Float[Array, "B T V"], KVCache]:
         """Logits of T further tokens per row, and the cache with them in it (absorbed MLA)."""
-        B, T = tokens_BT.shape
-        positions_BT = cache.length_B[:, None] + jnp.arange(T)
-        positions = Positions(*rope_tables(self.config, positions_BT), jnp.ones((B, T), jnp.int32))
-        layers = LayerCache(cache.c_kv_LBSR, cache.k_pe_LBSP)
-        h_BTD, layers, _ = self._stack(
-            self._embed(tokens_BT), router_bias_LE, layers, positions, cache.length_B
-        )
-        assert layers is not None
-        normed = rms_norm(h_BTD, self.norm_D, self.config.rms_norm_eps)
-        return self.logits(normed), KVCache(*layers, cache.length_B + T)
+        normed, cache, _ = self.extend(tokens_BT, router_bias_LE, cache)
+        return self.logits(normed), cache
+
+    def draft(
+        self,
+        h_BTD: Float[Array, "B T D"],
+        next_BT: Int[Array, "B T"],
+        router_bias_LE: Float[Array, "L E"],
+        cache: KVCache,
+        depth: int,
+    ) -> tuple[Float[Array, "B T D"], KVCache]:
+        """MTP module ``depth`` (from 1) over its cache, whose layers are the modules.
+
+        ``h_BTD`` are the normed states of depth - 1, ``next_BT`` the tokens ``depth`` further on.
+        The lengths of the cache stay: the modules share them.
+        """
+        bias_E = router_bias_LE[self.config.num_moe_layers + depth - 1]
+        positions = self._cached_positions(cache, h_BTD.shape[1])
+        layer = LayerInput(bias_E, layer=depth - 1)
+        h_BTD, filled, _ = self.mtp[depth - 1](h_BTD, self._embed(next_BT), layer, positions, cache)
+        assert filled is not None
+        return h_BTD, filled
+
+    def _cached_positions(self, cache: KVCache, tokens: int) -> Positions:
+        positions_BT = cache.length_B[:, None] + jnp.arange(tokens)
+        tables = rope_tables(self.config, positions_BT)
+        return Positions(*tables, jnp.ones(positions_BT.shape, jnp.int32))
 
     def logits(self, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """The output head, shared by the main model and every MTP depth."""
@@ -257,26 +296,24 @@ class DeepSeekV3(ParamModule):
         self,
         x_BTD: jax.Array,
         router_bias_LE: jax.Array,
-        cache: LayerCache | None,
         positions: Positions,
-        first_B: jax.Array | None,
-    ) -> tuple[jax.Array, LayerCache | None, Balance]:
-        """All layers; the cache and the balances come back stacked over layers."""
+        cache: KVCache | None,
+        experts_LBTK: jax.Array | None,
+    ) -> tuple[jax.Array, KVCache | None, LayerReport]:
+        """All layers; the reports of those with experts come back stacked."""
         c = self.config
-        dense, caches = c.first_k_dense_replace, []
-        balance: Any = Balance(jnp.zeros((0, c.n_routed_experts), jnp.int32), jnp.zeros((0,)))
+        dense, moe = c.first_k_dense_replace, c.num_moe_layers
+        carry = (x_BTD, cache)
+        report: Any = LayerReport(
+            Balance(jnp.zeros((0, c.n_routed_experts), jnp.int32), jnp.zeros((0,))),
+            jnp.zeros((0, *x_BTD.shape[:2], c.num_experts_per_tok), jnp.int32),
+        )
         if dense:
-            part = None if cache is None else LayerCache(*(x[:dense] for x in cache))
-            x_BTD, (part, _) = self.dense_layers(x_BTD, (None, part), positions, first_B)
-            caches.append(part)
-        if c.num_moe_layers:
-            part = None if cache is None else LayerCache(*(x[dense:] for x in cache))
-            bias = router_bias_LE[: c.num_moe_layers]
-            x_BTD, (part, balance) = self.moe_layers(x_BTD, (bias, part), positions, first_B)
-            caches.append(part)
-        if cache is not None:
-            cache = LayerCache(*(jnp.concatenate(x) for x in zip(*caches, strict=True)))
-        return x_BTD, cache, balance
+            carry, _ = self.dense_layers(carry, LayerInput(layer=jnp.arange(dense)), positions)
+        if moe:
+            layers = LayerInput(router_bias_LE[:moe], experts_LBTK, dense + jnp.arange(moe))
+            carry, report = self.moe_layers(carry, layers, positions)
+        return *carry, report
 
 
 # --- parameters ------------------------------------------------------------------------------
@@ -346,13 +383,22 @@ def logical_axes(model: DeepSeekV3) -> Params:
     )
 
 
-def init_cache(config: ModelConfig, batch: int, slots: int, dtype: Any = jnp.float32) -> KVCache:
-    """An empty cache of ``slots`` tokens per row."""
-    L, R, P = config.num_hidden_layers, config.kv_lora_rank, config.qk_rope_head_dim
+def init_cache(
+    config: ModelConfig, batch: int, slots: int, dtype: Any = jnp.float32, *, mtp: bool = False
+) -> KVCache:
+    """An empty cache of ``slots`` tokens per row; of the MTP modules if so asked.
+
+    ``float8_e4m3fn`` holds the latents in FP8 with a float32 scale for each 128 of them; the
+    rotated keys, which all heads depend on, stay in bfloat16.
+    """
+    layers = config.num_nextn_predict_layers if mtp else config.num_hidden_layers
+    rows, R = (layers, batch, slots), config.kv_lora_rank
+    fp8 = jnp.dtype(dtype) == jnp.float8_e4m3fn
     return KVCache(
-        jnp.zeros((L, batch, slots, R), dtype),
-        jnp.zeros((L, batch, slots, P), dtype),
+        jnp.zeros((*rows, R), dtype),
+        jnp.zeros((*rows, config.qk_rope_head_dim), jnp.bfloat16 if fp8 else dtype),
         jnp.zeros((batch,), jnp.int32),
+        jnp.zeros((*rows, -(-R // 128))) if fp8 else None,
     )
 
 
@@ -369,9 +415,11 @@ def sharded_params(model: DeepSeekV3, mesh: Mesh, *, stored: bool = True) -> Par
     )
 
 
-CACHE_SPECS = KVCache(
-    sharding.spec("layers", "batch"), sharding.spec("layers", "batch"), sharding.spec("batch")
-)
+def cache_specs(cache: KVCache) -> KVCache:
+    """Rows over the batch axes."""
+    return jax.tree.map(
+        lambda x: sharding.spec("batch") if x.ndim == 1 else sharding.spec("layers", "batch"), cache
+    )
 
 
 def decode_step(
@@ -398,8 +446,8 @@ def decode_step(
         rows = sharding.spec("batch")
         per_device = sharding.per_device(
             decode,
-            in_specs=(specs, sharding.spec(), rows, CACHE_SPECS),
-            out_specs=(rows, CACHE_SPECS),
+            in_specs=(specs, sharding.spec(), rows, cache_specs(cache)),
+            out_specs=(rows, cache_specs(cache)),
         )
         out = per_device(params, router_bias_LE, tokens_BT, cache)
     return cast(tuple[jax.Array, KVCache], out)

@@ -14,8 +14,8 @@ from jax.sharding import Mesh, NamedSharding
 from deepseek_jax import sharding
 from deepseek_jax.model import transformer
 from deepseek_jax.model.transformer import (
-    CACHE_SPECS,
     DeepSeekV3,
+    cache_specs,
     init_cache,
     init_router_bias,
     sharded_params,
@@ -103,9 +103,8 @@ def decode_step(model: DeepSeekV3, mesh: Mesh, rows: int, slots: int) -> Step:
     """
     config, dtype = model.config, model.precision.compute_dtype
     params = sharded_params(model, mesh, stored=False)
-    cache = _placed(
-        mesh, jax.eval_shape(lambda: init_cache(config, rows, slots, dtype)), CACHE_SPECS
-    )
+    shapes = jax.eval_shape(lambda: init_cache(config, rows, slots, dtype))
+    cache = _placed(mesh, shapes, cache_specs(shapes))
     bias = _placed(mesh, jax.eval_shape(lambda: init_router_bias(config)), sharding.spec())
     tokens = jax.ShapeDtypeStruct((rows, 1), jnp.int32, sharding=sharding.sharding(mesh, "batch"))
     jitted: Any = jax.jit(functools.partial(transformer.decode_step, model), donate_argnums=3)

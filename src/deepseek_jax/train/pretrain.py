@@ -22,7 +22,7 @@ from deepseek_jax.data.baselines import Baselines, measure_baselines
 from deepseek_jax.data.feed import Feed, TrainRows
 from deepseek_jax.data.pipeline import DataConfig, eval_batches, fit_tokenizer
 from deepseek_jax.data.tokenizer import Tokenizer
-from deepseek_jax.generate import continue_text
+from deepseek_jax.generate import Sampling, continue_text
 from deepseek_jax.model.dispatch import ExpertParallel
 from deepseek_jax.model.transformer import DeepSeekV3, logical_axes, param_counts
 from deepseek_jax.plan import training_flops_per_token
@@ -296,13 +296,12 @@ def _finish(
     )
     baselines = Baselines(*json.loads(measured))
     text = config.prompt + continue_text(
-        dataclasses.replace(model, remat="none"),
+        model,
         outcome.state.params,
         outcome.state.router_bias_LE,
         tokenizer,
         config.prompt,
-        seed=config.loop.init_seed,
-        max_new_tokens=config.sample_tokens,
+        Sampling(max_new_tokens=config.sample_tokens, seed=config.loop.init_seed),
     )
     if jax.process_index() == 0:
         plot_loss(
