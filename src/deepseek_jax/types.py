@@ -66,6 +66,26 @@ class Batch(NamedTuple):
     segment_ids_BT: Int[Array, "*A B T"]
 
 
+class Rollout(NamedTuple):
+    """Completions to learn from by policy gradient, one a row, prompt and all.
+
+    ``batch.loss_weights_BT`` is 1 where the target is a token of the completion; the
+    log-probabilities at index t are those of ``targets_BT[:, t]``.
+    """
+
+    batch: Batch
+    advantages_B: Float[Array, "*A B"]
+    old_logp_BT: Float[Array, "*A B T"] | None = None
+    """By the policy that the rollout began with. None: by the one being updated (one update
+    per rollout), which makes every ratio exactly 1."""
+    ref_logp_BT: Float[Array, "*A B T"] | None = None
+    """By the reference policy; None where there is no KL term."""
+    sampler_logp_BT: Float[Array, "*A B T"] | None = None
+    """As the sampler computed them while sampling, its rounding included."""
+    kept_BTK: Int[Array, "*A B T K"] | None = None
+    """Ids that top-k or top-p left to the sampler, padded with -1; a row of -1: all."""
+
+
 class KVCache(NamedTuple):
     """The latent cache of MLA (V2 section 2.1): R + P values per token and layer, none per head.
 
