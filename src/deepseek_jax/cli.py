@@ -32,7 +32,8 @@ from deepseek_jax.model.transformer import DeepSeekV3, sharded_params
 from deepseek_jax.plan.command import PlanConfig, plan
 from deepseek_jax.presets import PRESETS, preset
 from deepseek_jax.sharding import make_mesh, sharding
-from deepseek_jax.train.pretrain import PretrainConfig, pretrain, stored_config
+from deepseek_jax.train.pretrain import PretrainConfig, pretrain
+from deepseek_jax.train.run import stored_config
 from deepseek_jax.types import UserError
 
 
@@ -229,7 +230,7 @@ def _parse(default: PretrainConfig, words: list[str]) -> PretrainConfig:
 
 def _as_stored(config: PretrainConfig, words: list[str]) -> PretrainConfig:
     """With ``--resume``, what is not said on the command line is as the run was started."""
-    return _parse(stored_config(config), words) if config.resume else config
+    return _parse(stored_config(config, "pretrain"), words) if config.resume else config
 
 
 # --- starting and ending ----------------------------------------------------------------------

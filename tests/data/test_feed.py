@@ -1,6 +1,7 @@
 """Whoever reads them, the rows of the run's batches are the same."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -10,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from deepseek_jax import sharding
 from deepseek_jax.data.feed import Feed, TrainRows, make_feed, rows_of, streams_of
-from deepseek_jax.data.pipeline import DataConfig
+from deepseek_jax.data.pipeline import DataConfig, train_batches
 from deepseek_jax.types import Batch, UserError
 
 # Blocks of the eight rows of a batch, by process.
@@ -40,7 +41,11 @@ def readers(config, tokenizer, where, layout) -> list[TrainRows]:
     blocks = dict(enumerate(LAYOUTS[layout]))
     streams = streams_of(blocks, 8)
     return [
-        TrainRows(config, tokenizer, Feed(where, 8, rows_of(held), streams))
+        TrainRows(
+            functools.partial(train_batches, config, tokenizer),
+            Feed(where, 8, rows_of(held), streams),
+            config.streams,
+        )
         for held in blocks.values()
     ]
 

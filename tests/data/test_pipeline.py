@@ -276,5 +276,5 @@ def test_config_out_of_range(wrong):
 
 
 def test_padding_row_has_no_weight():
-    row = pipeline._padding_row(8)
+    row = packing.padding_row(8)
     assert packing.rows_to_batch([row], mask_documents=True).loss_weights_BT.sum() == 0

@@ -21,7 +21,7 @@ from deepseek_jax.checkpoint import load_params
 from deepseek_jax.cli import main
 from deepseek_jax.data.pipeline import DataConfig
 from deepseek_jax.report import read_metrics
-from deepseek_jax.train import pretrain as pretrain_module
+from deepseek_jax.train import run as run_module
 from deepseek_jax.train.loop import LoopConfig
 from deepseek_jax.train.optim import OptimConfig
 from deepseek_jax.train.pretrain import PretrainConfig, pretrain
@@ -152,7 +152,7 @@ def test_ctrl_c_while_the_pictures_are_drawn_is_one_sentence(
     place, tmp_path, uninterrupted, monkeypatch, capsys
 ):
     out = shutil.copytree(uninterrupted, tmp_path / "run")
-    monkeypatch.setattr(pretrain_module, "plot_loss", lambda *_, **__: os.kill(os.getpid(), 2))
+    monkeypatch.setattr(run_module, "plot_loss", lambda *_, **__: os.kill(os.getpid(), 2))
     with pytest.raises(SystemExit) as end:
         main(["pretrain", "--out", str(out), "--resume", "--mesh", "data=8"])
     assert end.value.code == 130

@@ -8,17 +8,18 @@ may be continued by any number of processes.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import grain
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import Int
 
-from deepseek_jax.data.pipeline import DataConfig, train_batches
-from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.types import Batch, UserError
+
+OpenStream = Callable[..., grain.DatasetIterator[Batch]]
 
 
 class Feed(NamedTuple):
@@ -92,17 +93,18 @@ class TrainRows(Iterator[Batch]):
     """Endless batches ``[B here, T]`` of the rows that this process holds.
 
     Args:
-        config: What to read.
-        tokenizer: Turns documents into ids.
+        open_stream: Makes a stream, as ``pipeline.train_batches`` does of its configuration:
+            ``open_stream(rows, stream=i, streams=n)``.
         feed: Which rows are this process's.
+        streams: Into how many the data are divided; 0: as the feed suggests.
 
     Raises:
-        UserError: see ``pipeline.train_batches``.
+        UserError: see ``open_stream``.
     """
 
-    def __init__(self, config: DataConfig, tokenizer: Tokenizer, feed: Feed):
-        self._config, self._tokenizer, self._feed = config, tokenizer, feed
-        self._open(config.streams or feed.streams)
+    def __init__(self, open_stream: OpenStream, feed: Feed, streams: int = 0):
+        self._open_stream, self._feed = open_stream, feed
+        self._open(streams or feed.streams)
 
     def __next__(self) -> Batch:
         parts = []
@@ -150,8 +152,6 @@ class TrainRows(Iterator[Batch]):
             for stream in np.unique(of_row)
         }
         self._iterators = {
-            stream: train_batches(
-                self._config, self._tokenizer, self._size, stream=stream, streams=streams
-            )
+            stream: self._open_stream(self._size, stream=stream, streams=streams)
             for stream in self._wanted
         }

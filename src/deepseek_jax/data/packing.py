@@ -1,20 +1,22 @@
-"""Token ids of documents -> fixed rows -> ``Batch`` (V3 section 4.1).
+"""Token ids -> fixed rows -> ``Batch``: documents (V3 section 4.1) and samples (section 5.1).
 
 Documents are laid end to end and cut at row ends, so nothing is dropped and no row is padded
-but the last of a finite pass.
+but the last of a finite pass. Samples are whole: an answer cut off from its question would be
+learnt without it.
 
 Grain's ``ConcatThenSplitIterDataset`` cuts disjoint rows, in which the first token of a row is
 never a target, and its state does not survive JSON. Hence the small iterator here: rows of
 T + 1 tokens that overlap by one, so that every token after the first is a target exactly once.
 """
 
+import itertools
 from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import grain
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Float32, Int32
 
 from deepseek_jax.types import Batch
 
@@ -24,6 +26,21 @@ class Row(NamedTuple):
 
     ids: Int32[np.ndarray, "T+1"]
     segments: Int32[np.ndarray, "T+1"]
+    weights: Float32[np.ndarray, "T+1"]
+    """1 where the token is to be learnt, as a target."""
+
+
+def padding_row(seq_len: int) -> Row:
+    """A row of nothing."""
+    zeros = np.zeros(seq_len + 1, np.int32)
+    return Row(zeros, zeros.copy(), np.zeros(seq_len + 1, np.float32))
+
+
+class Sample(NamedTuple):
+    """Tokens that belong together, and which of them are to be learnt (weight 1)."""
+
+    ids: Int32[np.ndarray, "n"]
+    weights: Float32[np.ndarray, "n"]
 
 
 class PackRows(grain.IterDataset[Row]):
@@ -70,7 +87,7 @@ class _PackRowsIterator(grain.DatasetIterator[Row]):
             segments[start : start + len(part)] = number
             start, skip = start + len(part), 0
         self._advance(self._seq_len)
-        return Row(ids, segments)
+        return Row(ids, segments, np.ones(len(ids), np.float32))
 
     def get_state(self) -> dict[str, Any]:
         """Where the next row starts: the parent at its first document, and an offset into it."""
@@ -101,6 +118,87 @@ class _PackRowsIterator(grain.DatasetIterator[Row]):
             self._offset -= len(self._pieces.popleft().ids)
 
 
+def pack_samples(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Which samples share a row of ``size`` tokens: longest first, each into the fullest that fits.
+
+    Rows, and samples within a row, are in the order of arrival.
+    """
+    rows: list[list[int]] = []
+    free: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        fits = [row for row, room in enumerate(free) if room >= lengths[index]]
+        if fits:
+            row = min(fits, key=free.__getitem__)
+        else:
+            row = len(rows)
+            rows.append([])
+            free.append(size)
+        rows[row].append(index)
+        free[row] -= lengths[index]
+    return sorted(sorted(row) for row in rows)
+
+
+def fill_row(samples: Sequence[Sample], seq_len: int) -> Row:
+    """A row of whole samples, each a segment of its own, and padding."""
+    row, start = padding_row(seq_len), 0
+    for number, sample in enumerate(samples, 1):
+        place = slice(start, start + len(sample.ids))
+        row.ids[place], row.segments[place], row.weights[place] = sample.ids, number, sample.weights
+        start = place.stop
+    return row
+
+
+class PackSamples(grain.IterDataset[Row]):
+    """Rows of ``seq_len + 1`` tokens from a stream of lists of samples, none of them longer.
+
+    So many lists at a time (``window``) are packed by ``pack_samples``. A position is where its
+    window begins and the rows already given, so it is as small as the stream's own.
+    """
+
+    def __init__(self, samples: grain.IterDataset[list[Sample]], seq_len: int, window: int = 512):
+        super().__init__(samples)
+        self._seq_len, self._window = seq_len, window
+
+    def __iter__(self) -> grain.DatasetIterator[Row]:
+        return _PackSamplesIterator(iter(self._parent), self._seq_len, self._window)
+
+
+class _PackSamplesIterator(grain.DatasetIterator[Row]):
+    def __init__(self, parent: grain.DatasetIterator, seq_len: int, window: int):
+        super().__init__(parent)
+        self._seq_len, self._window = seq_len, window
+        self._before = parent.get_state()
+        self._rows: list[list[Sample]] = []
+        self._given = 0
+
+    def __next__(self) -> Row:
+        while self._given == len(self._rows):
+            self._before, self._given = self._parent.get_state(), 0
+            if not self._fill():
+                raise StopIteration
+        row = fill_row(self._rows[self._given], self._seq_len)
+        self._given += 1
+        return row
+
+    def get_state(self) -> dict[str, Any]:
+        """Where this window begins, and how many of its rows have been given."""
+        return {"parent": self._before, "given": self._given}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._parent.set_state(state["parent"])
+        self._before, self._given, self._rows = state["parent"], state["given"], []
+        if self._given:
+            self._fill()
+
+    def _fill(self) -> bool:
+        """Packs the next window; False at the end of the stream."""
+        lists = list(itertools.islice(self._parent, self._window))
+        samples = [sample for each in lists for sample in each]
+        packed = pack_samples([len(sample.ids) for sample in samples], self._seq_len + 1)
+        self._rows = [[samples[i] for i in row] for row in packed]
+        return bool(lists)
+
+
 def rows_to_batch(rows: Sequence[Row], *, mask_documents: bool) -> Batch:
     """Stacks B rows into a ``Batch`` of [B, T].
 
@@ -113,11 +211,12 @@ def rows_to_batch(rows: Sequence[Row], *, mask_documents: bool) -> Batch:
     documents = np.stack([row.segments for row in rows])
     segments = documents if mask_documents else (documents > 0).astype(np.int32)
     inside, ahead = segments[:, :-1], segments[:, 1:]
-    weights = (ahead > 0) & (ahead == inside)
+    learnt = np.stack([row.weights for row in rows])[:, 1:]
+    weights = learnt * ((ahead > 0) & (ahead == inside))
     return Batch(
         tokens_BT=np.ascontiguousarray(ids[:, :-1]),
         targets_BT=np.ascontiguousarray(ids[:, 1:]),
-        loss_weights_BT=weights.astype(np.float32),
+        loss_weights_BT=weights,
         positions_BT=_positions(inside),
         segment_ids_BT=np.ascontiguousarray(inside),
     )

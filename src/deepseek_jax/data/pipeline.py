@@ -14,15 +14,15 @@ from grain.experimental import WindowShuffleIterDataset
 
 from deepseek_jax.data.corpus import Corpus, open_corpus
 from deepseek_jax.data.encoding import DocumentEncoder
-from deepseek_jax.data.packing import PackRows, Row, rows_to_batch
-from deepseek_jax.data.shuffle import BlockShuffle, find_blocks
+from deepseek_jax.data.packing import PackRows, padding_row, rows_to_batch
+from deepseek_jax.data.shuffle import shuffled
 from deepseek_jax.data.sources import Documents
 from deepseek_jax.data.tokenizer import Tokenizer, train_bpe
 from deepseek_jax.types import Batch, UserError
 
 # Reading and tokenising happen in the calling thread: the step runs on the accelerator (or on
 # the other cores) meanwhile, and `num_workers` is the way to more.
-_NO_THREADS = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+NO_THREADS = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
 _TOKENIZER_SAMPLE_BYTES = 200_000_000
 
 
@@ -148,8 +148,10 @@ def train_batches(
     )
     documents = grain.MapDataset.range(len(corpus.train)).map_with_index(encoder)
     if config.shuffle:
-        documents = _shuffle(documents, corpus, config.seed)
-    documents = documents[stream::streams].repeat().to_iter_dataset(_NO_THREADS)
+        # Neighbouring seeds would share their epochs.
+        seed = int(np.random.SeedSequence(config.seed).generate_state(1)[0])
+        documents = shuffled(documents, corpus.train, seed)
+    documents = documents[stream::streams].repeat().to_iter_dataset(NO_THREADS)
     rows = PackRows(documents, config.seq_len)
     if config.shuffle:
         # Without this a small batch is a few pages of one document.
@@ -162,7 +164,7 @@ def train_batches(
             flags.FLAGS.mark_as_parsed()
         batches = batches.mp_prefetch(grain.MultiprocessingOptions(config.num_workers))
     fingerprint = _fingerprint(corpus, tokenizer, config, stream, streams)
-    return _SameDataIterator(iter(batches), fingerprint)
+    return SameData(iter(batches), fingerprint)
 
 
 def eval_batches(config: DataConfig, tokenizer: Tokenizer, batch_size: int) -> Iterator[EvalBatch]:
@@ -184,9 +186,9 @@ def eval_batches(config: DataConfig, tokenizer: Tokenizer, batch_size: int) -> I
     corpus = load_corpus(config)
     encoder = DocumentEncoder(corpus.held_out, tokenizer, add_bos=config.add_bos)
     documents = grain.MapDataset.range(len(corpus.held_out)).map_with_index(encoder)
-    rows = PackRows(documents.to_iter_dataset(_NO_THREADS), config.seq_len)
+    rows = PackRows(documents.to_iter_dataset(NO_THREADS), config.seq_len)
     for group in rows.batch(batch_size, batch_fn=list):
-        padded = group + [_padding_row(config.seq_len)] * (batch_size - len(group))
+        padded = group + [padding_row(config.seq_len)] * (batch_size - len(group))
         batch = rows_to_batch(padded, mask_documents=config.mask_documents)
         yield EvalBatch(batch, target_bytes(tokenizer, batch))
 
@@ -197,7 +199,7 @@ def target_bytes(tokenizer: Tokenizer, batch: Batch) -> int:
     return int(sizes[np.asarray(batch.loss_weights_BT) > 0].sum(dtype=np.int64))
 
 
-class _SameDataIterator(grain.DatasetIterator[Batch]):
+class SameData(grain.DatasetIterator[Batch]):
     """Refuses to continue from a position that was saved under other data."""
 
     def __init__(self, parent: grain.DatasetIterator[Batch], fingerprint: str):
@@ -208,9 +210,11 @@ class _SameDataIterator(grain.DatasetIterator[Batch]):
         return next(self._parent)
 
     def get_state(self) -> dict[str, Any]:
+        """The parent's position, and what data it is a position in."""
         return {"fingerprint": self._fingerprint, "parent": self._parent.get_state()}
 
     def set_state(self, state: dict[str, Any]) -> None:
+        """Continues there."""
         if state.get("fingerprint") != self._fingerprint:
             raise UserError(
                 "the data are not those the checkpoint was written with (documents, tokenizer "
@@ -218,10 +222,6 @@ class _SameDataIterator(grain.DatasetIterator[Batch]):
                 "from its weights"
             )
         self._parent.set_state(state["parent"])
-
-
-def _padding_row(seq_len: int) -> Row:
-    return Row(np.zeros(seq_len + 1, np.int32), np.zeros(seq_len + 1, np.int32))
 
 
 def _first_bytes(documents: Documents) -> Iterator[str]:
@@ -232,13 +232,6 @@ def _first_bytes(documents: Documents) -> Iterator[str]:
         text = documents[index]
         size += len(text)
         yield text
-
-
-def _shuffle(documents: grain.MapDataset, corpus: Corpus, seed: int) -> grain.MapDataset:
-    # Grain shuffles epoch e with seed + e: neighbouring seeds would share their epochs.
-    seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
-    blocks = find_blocks(corpus.train)
-    return documents.shuffle(seed) if blocks is None else BlockShuffle(documents, blocks, seed)
 
 
 def _fingerprint(corpus: Corpus, tokenizer: Tokenizer, config: DataConfig, *shard: int) -> str:

@@ -1,13 +1,14 @@
 """A random order that reads block by block, for formats where a document is not the unit."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 from jaxtyping import Int64
 
-from deepseek_jax.data.sources import Concatenated, Documents, ParquetFiles, Selected
+from deepseek_jax.data.records import ParquetRecords
+from deepseek_jax.data.sources import Concatenated, ParquetFiles, Selected
 
 
 class Blocks(NamedTuple):
@@ -17,9 +18,20 @@ class Blocks(NamedTuple):
     window: int
 
 
-def find_blocks(documents: Documents) -> Blocks | None:
+def shuffled(elements: grain.MapDataset, documents: Any, seed: int) -> grain.MapDataset:
+    """``elements``, made from ``documents`` one to one, in a new random order each epoch.
+
+    Grain shuffles epoch e with seed + e: seeds of neighbouring uses must not be neighbours.
+    """
+    blocks = find_blocks(documents)
+    return elements.shuffle(seed) if blocks is None else BlockShuffle(elements, blocks, seed)
+
+
+def find_blocks(documents: Any) -> Blocks | None:
     """The row groups of ``documents``, or None where every document is read by itself."""
     if isinstance(documents, ParquetFiles):
+        return find_blocks(documents.records)
+    if isinstance(documents, ParquetRecords):
         return Blocks(documents.block_ends, documents.cached_groups)
     if isinstance(documents, Selected):
         blocks = find_blocks(documents.documents)

@@ -4,24 +4,26 @@ Every source is a random-access sequence of texts (grain's ``RandomAccessDataSou
 reads a document when asked for it: offsets stay in memory, never a whole corpus.
 """
 
-import functools
 import glob
 import itertools
-import json
 import mmap
 import os
 import sysconfig
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import grain
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from jaxtyping import Int64
 
+from deepseek_jax.data.records import (
+    JsonRecords,
+    ParquetRecords,
+    decode,
+    open_binary,
+    read_bytes,
+)
 from deepseek_jax.types import UserError
 
 Documents = grain.sources.RandomAccessDataSource[str]
@@ -90,7 +92,7 @@ class TextFiles:
 
     def __getitem__(self, index: int) -> str:
         path = self._paths[index]
-        return _decode(_read(path, 0, -1), f"{path}")
+        return decode(read_bytes(path, 0, -1), f"{path}")
 
 
 class SeparatedText:
@@ -100,7 +102,7 @@ class SeparatedText:
         self._path = path
         mark = separator.encode()
         self._starts, self._ends = [0], []
-        with _open(path) as file:
+        with open_binary(path) as file:
             if os.fstat(file.fileno()).st_size:  # an empty file cannot be mapped
                 with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                     while (end := data.find(mark, self._starts[-1])) >= 0:
@@ -113,110 +115,49 @@ class SeparatedText:
 
     def __getitem__(self, index: int) -> str:
         start = self._starts[index]
-        return _decode(_read(self._path, start, self._ends[index]), f"{self._path}", start)
+        return decode(read_bytes(self._path, start, self._ends[index]), f"{self._path}", start)
 
 
 class JsonLines:
     """One document per line: the string under ``text_field``. Blank lines are passed over."""
 
     def __init__(self, path: Path, text_field: str):
-        self._path = path
+        self._records = JsonRecords(path)
         self._text_field = text_field
-        self._offsets = _line_offsets(path)
 
     def __len__(self) -> int:
-        return len(self._offsets)
+        return len(self._records)
 
     def __getitem__(self, index: int) -> str:
-        offset = int(self._offsets[index])
-        with _open(self._path) as file:
-            file.seek(offset)
-            line = _decode(file.readline(), f"{self._path}", offset)
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{self._line(offset)} is not JSON ({error}): mend it") from error
+        record = self._records[index]
         text = record.get(self._text_field) if isinstance(record, dict) else None
         if not isinstance(text, str):
             raise UserError(
-                f'{self._line(offset)} has no text under "{self._text_field}": set `text_field` '
-                "to the field that holds it"
+                f'{self._records.place(index)} has no text under "{self._text_field}": set '
+                "`text_field` to the field that holds it"
             )
-        if "\\u" in line and not _is_unicode(text):
-            raise UserError(f"{self._line(offset)} holds half a surrogate pair: mend it")
         return text
-
-    def _line(self, offset: int) -> str:
-        number = _read(self._path, 0, offset).count(b"\n") + 1
-        return f"{self._path}, line {number}"
 
 
 class ParquetFiles:
-    """One document per row of a string column, over several files.
-
-    A row group is the least that can be read, so the last ones stay in memory. Reading is fast
-    as long as neighbouring indices fall into few row groups: see ``block_ends``.
-
-    Attributes:
-        block_ends: Where each row group ends, counted in documents.
-        cached_groups: Row groups kept: as many as fit into 256 MB, 8 at most.
-    """
+    """One document per row of a string column, over several files (``ParquetRecords``)."""
 
     def __init__(self, paths: Sequence[Path], text_field: str):
+        remedy = "set `text_field` to the one that holds the text"
+        self.records = ParquetRecords(paths, [text_field], remedy)
         self._text_field = text_field
-        self._groups: list[tuple[Path, int]] = []
-        rows, largest = [], 1
-        for path in paths:
-            metadata, column = self._metadata(path)
-            for i in range(metadata.num_row_groups):
-                group = metadata.row_group(i)
-                self._groups.append((path, i))
-                rows.append(group.num_rows)
-                largest = max(largest, group.column(column).total_uncompressed_size)
-        self.block_ends = np.cumsum(rows, dtype=np.int64)
-        self.cached_groups = max(1, min(8, 256_000_000 // largest))
 
     def __len__(self) -> int:
-        return int(self.block_ends[-1]) if len(self.block_ends) else 0
+        return len(self.records)
 
     def __getitem__(self, index: int) -> str:
-        group = int(np.searchsorted(self.block_ends, index, side="right"))
-        row = index - (int(self.block_ends[group - 1]) if group else 0)
-        text = self._read_group(group)[row].as_py()
+        text = self.records[index][self._text_field]
         if not isinstance(text, str):
-            path, first = self._groups[group]
             raise UserError(
-                f"{path}, row {row + 1} of row group {first} has no text under "
-                f'"{self._text_field}": drop the row or choose another column'
+                f'{self.records.place(index)} has no text under "{self._text_field}": drop the '
+                "row or choose another column"
             )
         return text
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "_read_group"}
-
-    @functools.cached_property
-    def _read_group(self) -> Any:
-        """Texts of a row group; the latest results stay. Left behind when pickled."""
-
-        @functools.lru_cache(maxsize=self.cached_groups)
-        def read(group: int) -> pa.ChunkedArray:
-            path, i = self._groups[group]
-            with _open_parquet(path) as file:
-                return file.read_row_group(i, columns=[self._text_field]).column(0)
-
-        return read
-
-    def _metadata(self, path: Path) -> tuple[pq.FileMetaData, int]:
-        """What a file says of itself, and the number of the text column."""
-        with _open_parquet(path) as file:
-            names = file.schema_arrow.names
-            columns = [column.path for column in file.schema]
-            if self._text_field not in columns:
-                raise UserError(
-                    f'{path} has no column "{self._text_field}" (it has {", ".join(names)}): '
-                    "set `text_field` to the one that holds the text"
-                )
-            return file.metadata, columns.index(self._text_field)
 
 
 class ArrayRecord:
@@ -234,7 +175,7 @@ class ArrayRecord:
         return self._length
 
     def __getitem__(self, index: int) -> str:
-        return _decode(self._records[index], f"{self._path}, record {index + 1},")
+        return decode(self._records[index], f"{self._path}, record {index + 1},")
 
 
 class Concatenated:
@@ -298,55 +239,3 @@ def _walk(root: Path, skip: set[str]) -> Iterable[Path]:
 def _format(path: Path) -> str:
     suffix = path.suffix.lower()
     return suffix if suffix in _RECORDS else ""
-
-
-def _open(path: Path) -> BinaryIO:
-    try:
-        return path.open("rb")
-    except OSError as error:
-        raise UserError(
-            f"cannot read {path} ({error.strerror}): check the path and its permissions"
-        ) from error
-
-
-def _open_parquet(path: Path) -> pq.ParquetFile:
-    try:
-        return pq.ParquetFile(path)
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"cannot read {path} as Parquet ({error}): is it whole?") from error
-
-
-def _read(path: Path, start: int, end: int) -> bytes:
-    """Bytes ``start`` to ``end`` of a file; to its end if ``end`` is -1."""
-    with _open(path) as file:
-        file.seek(start)
-        return file.read(end - start if end >= 0 else -1)
-
-
-def _decode(data: bytes, name: str, offset: int = 0) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{name} is not UTF-8 at byte {offset + error.start}: convert it to UTF-8 or leave "
-            "it out"
-        ) from error
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _line_offsets(path: Path) -> Int64[np.ndarray, "n"]:
-    """Byte offset of every line that is not blank."""
-    offsets, offset = [], 0
-    with _open(path) as file:
-        for line in file:
-            if not line.isspace():
-                offsets.append(offset)
-            offset += len(line)
-    return np.array(offsets, np.int64)

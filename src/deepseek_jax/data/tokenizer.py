@@ -68,6 +68,9 @@ class Tokenizer:
         bos_id: Begin of sentence.
         eos_id: End of sentence.
         pad_id: Padding.
+        bos_token: Name of the token that begins a sentence.
+        eos_token: Name of the token that ends one.
+        special_tokens: Names of all special tokens.
         fim_begin_id: Fill-in-Middle: the prefix follows.
         fim_hole_id: Fill-in-Middle: the suffix follows.
         fim_end_id: Fill-in-Middle: the middle follows.
@@ -88,6 +91,14 @@ class Tokenizer:
         self.bos_id = self._first_id(names.get("bos_token"), _BOS_NAMES)
         self.eos_id = self._first_id(names.get("eos_token"), _EOS_NAMES)
         self.pad_id = self._first_id(names.get("pad_token"), _PAD_NAMES)
+        self.bos_token, self.eos_token = map(self._name, (self.bos_id, self.eos_id))
+        self.special_tokens = tuple(
+            sorted(
+                token.content
+                for token in backend.get_added_tokens_decoder().values()
+                if token.special
+            )
+        )
         self.fim_begin_id = backend.token_to_id(FIM_BEGIN)
         self.fim_hole_id = backend.token_to_id(FIM_HOLE)
         self.fim_end_id = backend.token_to_id(FIM_END)
@@ -192,6 +203,9 @@ class Tokenizer:
         copy = tokenizers.Tokenizer.from_str(self._backend.to_str())
         copy.encode_special_tokens = False
         return copy
+
+    def _name(self, index: int | None) -> str | None:
+        return None if index is None else self._backend.id_to_token(index)
 
     def _first_id(self, given: str | None, usual: Sequence[str]) -> int | None:
         names = (given, *usual) if given else usual

@@ -23,7 +23,7 @@ from deepseek_jax.data.feed import Feed, TrainRows, make_feed
 from deepseek_jax.report import LossMonitor, MetricsWriter, Progress
 from deepseek_jax.train.optim import Schedule, batch_ramp
 from deepseek_jax.train.step import BATCH_SPEC, Metrics, TrainStep
-from deepseek_jax.types import Batch, TrainState, UserError
+from deepseek_jax.types import Batch, Params, TrainState, UserError
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,10 @@ class Task(NamedTuple):
     flops_per_token: float
     peak_flops: float | None
     """Of all devices together, where known."""
+    frozen: Params = {}  # noqa: RUF012, never written to
+    """Parameters that the step reads and leaves as they are, by name."""
+    sample: Callable[[TrainState, int], str] | None = None
+    """``sample(state, step)``: what the model says so far, shown at every evaluation."""
 
 
 class Outcome(NamedTuple):
@@ -198,7 +202,7 @@ def fit(
             began = time.perf_counter()
             assert batch is not None
             size = batch.tokens_BT.size
-            state, metrics = train_step(state, batch, np.float32(monitor.threshold()))
+            state, metrics = train_step(state, batch, np.float32(monitor.threshold()), task.frozen)
             data_state = task.batches.get_state()
             if step + 1 < config.steps:
                 batch = _next_batch(task, config, step + 1)
@@ -228,6 +232,8 @@ def fit(
                     f"step {step}: held-out loss {evaluation.loss:.4f}, "
                     f"{evaluation.bits_per_byte:.4f} bits per byte"
                 )
+                if task.sample is not None:
+                    progress.print(task.sample(state, step))
             if step % config.save_every == 0:
                 save(step)
                 saved = step

@@ -168,19 +168,26 @@ def mtp_targets(batch: Batch, depth: int) -> tuple[Int[Array, "B T"], Float[Arra
     return targets_BT, weights_BT * same
 
 
+def all_loads(model: DeepSeekV3, hidden: Hidden) -> Int[Array, "L E"]:
+    """The load of every router; zero, which moves no bias, for MTP modules that did not run."""
+    absent = model.config.num_routers - len(hidden.load_LE)
+    return jnp.pad(hidden.load_LE, ((0, absent), (0, 0)))
+
+
 def pretrain_loss(
     model: DeepSeekV3,
     params: Params,
     router_bias_LE: Float[Array, "L E"],
     batch: Batch,
     totals: Totals,
-    mtp_weight: Float[Array, ""] | float,
+    mtp_weight: Float[Array, ""] | float | None,
 ) -> tuple[Float[Array, ""], LossParts]:
     """L = CE + (lambda / D) sum_k CE_k + balance (V3 Eqs. 17, 24, 25), this micro-batch's share.
 
-    The shares of a step's micro-batches add up to its loss, whatever the split.
+    The shares of a step's micro-batches add up to its loss, whatever the split. With ``mtp_weight``
+    None the MTP modules are not computed, and their routers see no load.
     """
-    depths = model.config.num_nextn_predict_layers
+    depths = 0 if mtp_weight is None else model.config.num_nextn_predict_layers
     hidden = hidden_states(model, params, router_bias_LE, batch, mtp=depths > 0)
     # Main head and MTP depths in one pass over the head: its gradient is as large as itself, and
     # there is one.
@@ -190,7 +197,10 @@ def pretrain_loss(
         targets.append(targets_BT)
         masks.append(mask_BT)
     share = 1 / jnp.maximum(totals.weight, 1)
-    factors = [share, *(mtp_weight / depths * share for _ in range(depths))]
+    factors = [share]
+    if depths:
+        assert mtp_weight is not None
+        factors += [mtp_weight / depths * share] * depths
     states = jnp.stack((hidden.main_BTD, *hidden.mtp_BTD))
     nats, each = cross_entropy(
         states.reshape(-1, states.shape[-1]),
@@ -204,4 +214,4 @@ def pretrain_loss(
     metrics = {"loss": per_depth[0], "balance_loss": balance}
     if depths:
         metrics["mtp_loss"] = per_depth[1:].mean()
-    return nats + balance, LossParts(metrics, hidden.load_LE)
+    return nats + balance, LossParts(metrics, all_loads(model, hidden))

@@ -200,14 +200,21 @@ def clip(config: OptimConfig) -> optax.GradientTransformation:
     return optax.GradientTransformation(inner.init, update)
 
 
-def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """Clip, Adam, decoupled decay, schedule, and the optional average."""
+def make_optimizer(
+    config: OptimConfig, steps: int, still: Callable[[Params], Any] | None = None
+) -> optax.GradientTransformation:
+    """Clip, Adam, decoupled decay, schedule, and the optional average.
+
+    ``still(params)`` is True for the leaves that are not to change.
+    """
     parts = [
         clip(config),
         scale_by_adam(config),
         optax.add_decayed_weights(config.weight_decay, mask=decays),
         optax.scale_by_learning_rate(learning_rate(config, steps)),
     ]
+    if still is not None:
+        parts.append(optax.masked(optax.set_to_zero(), still))
     if config.ema_decay is not None:
         parts.append(params_ema(config.ema_decay))
     return optax.chain(*parts)

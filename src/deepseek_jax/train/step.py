@@ -25,15 +25,26 @@ from deepseek_jax.types import Array, Batch, Params, TrainState
 
 Metrics = dict[str, Any]
 BATCH_SPEC = sharding.spec("accumulate", "batch", "sequence")
-# (params, router bias, micro-batch, totals of the step, step) -> (share of the loss, parts)
-LossFn = Callable[[Params, jax.Array, Batch, Totals, jax.Array], tuple[Float[Array, ""], LossParts]]
-TrainStep = Callable[[TrainState, Batch, Any], tuple[TrainState, Metrics]]
+# (params, router bias, micro-batch, totals of the step, step, **frozen) -> (share of the loss,
+# parts); ``frozen`` are trees of parameters by name that the loss reads and nothing updates.
+LossFn = Callable[..., tuple[Float[Array, ""], LossParts]]
+# (state, batch, max_loss, frozen) -> (state, metrics); ``frozen`` may be left out.
+TrainStep = Callable[..., tuple[TrainState, Metrics]]
 
 
 def make_train_step(
-    model: DeepSeekV3, tx: optax.GradientTransformation, loss_fn: LossFn, bias_speed: Schedule
+    model: DeepSeekV3,
+    tx: optax.GradientTransformation,
+    loss_fn: LossFn,
+    bias_speed: Schedule,
+    *,
+    axes: Params | None = None,
+    frozen_axes: Params | None = None,
 ) -> TrainStep:
-    """``step(state, batch_ABT, max_loss) -> (state, metrics)``, pure; jit it with donation.
+    """``step(state, batch_ABT, max_loss, frozen={}) -> (state, metrics)``; jit it with donation.
+
+    ``axes`` are the logical axes of ``state.params`` where these are not the model's own, and
+    ``frozen_axes`` those of each tree in ``frozen``.
 
     The leading axis of the batch is gradient accumulation. A step whose loss or gradient is
     not finite, or whose loss exceeds ``max_loss``, leaves the state as it was and says
@@ -45,14 +56,21 @@ def make_train_step(
     """
 
     def gradients(
-        specs: Params, params: Params, bias_LE: jax.Array, batch: Batch, step: jax.Array
+        specs: Params,
+        params: Params,
+        bias_LE: jax.Array,
+        batch: Batch,
+        step: jax.Array,
+        frozen: Params,
     ) -> tuple[Params, LossParts]:
         weight = sharding.psum(batch.loss_weights_BT.sum(), "batch", "sequence")
         totals = Totals(weight, jnp.int32(batch.loss_weights_BT.shape[0]))
 
         def micro(micro_batch: Batch) -> tuple[Params, LossParts]:
             loss, pullback, parts = jax.vjp(
-                lambda p: loss_fn(p, bias_LE, micro_batch, totals, step), params, has_aux=True
+                lambda p: loss_fn(p, bias_LE, micro_batch, totals, step, **frozen),
+                params,
+                has_aux=True,
             )
             # Every device returns the same loss; each starts from its share of the cotangent.
             return pullback(jnp.full_like(loss, 1 / sharding.replicas()))[0], parts
@@ -69,14 +87,18 @@ def make_train_step(
         grads, parts = jax.lax.scan(body, zeros, batch)[0]
         return sharding.sum_gradients(grads, specs), parts
 
-    def step(state: TrainState, batch: Batch, max_loss: Any) -> tuple[TrainState, Metrics]:
+    def step(
+        state: TrainState, batch: Batch, max_loss: Any, frozen: Params | None = None
+    ) -> tuple[TrainState, Metrics]:
         mesh, everywhere = jax.sharding.get_abstract_mesh(), sharding.spec()
-        specs = sharding.param_specs(mesh, logical_axes(model), state.params)
+        own = logical_axes(model) if axes is None else axes
+        specs = sharding.param_specs(mesh, own, state.params)
+        frozen_specs = sharding.param_specs(mesh, frozen_axes or {}, frozen or {})
         grads, parts = sharding.per_device(
             functools.partial(gradients, specs),
-            in_specs=(specs, everywhere, BATCH_SPEC, everywhere),
+            in_specs=(specs, everywhere, BATCH_SPEC, everywhere, frozen_specs),
             out_specs=(specs, everywhere),
-        )(state.params, state.router_bias_LE, batch, state.step)
+        )(state.params, state.router_bias_LE, batch, state.step, frozen or {})
         norm = optax.tree.norm(grads)
         loss = parts.metrics["loss"]
         good = jnp.isfinite(loss) & jnp.isfinite(norm) & (loss <= max_loss)
@@ -117,15 +139,23 @@ def init_state(
     return TrainState(jnp.int32(0), params, tx.init(params), init_router_bias(model.config))
 
 
-def abstract_state(model: DeepSeekV3, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def abstract_state(
+    model: DeepSeekV3,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    params: Params | None = None,
+) -> TrainState:
     """Shapes, dtypes and places of the state: what a checkpoint is restored into.
 
-    Optimizer moments lie with their parameters, the rest everywhere.
+    Optimizer moments lie with their parameters, the rest everywhere. ``params`` are those trained,
+    abstract, where they are not the model's own.
 
     Raises:
         UserError: if an axis of the mesh does not divide the dimension it must divide.
     """
-    params, everywhere = sharded_params(model, mesh), sharding.sharding(mesh)
+    everywhere = sharding.sharding(mesh)
+    if params is None:
+        params = sharded_params(model, mesh)
     shapes = jax.eval_shape(
         lambda p: TrainState(jnp.int32(0), p, tx.init(p), init_router_bias(model.config)), params
     )
