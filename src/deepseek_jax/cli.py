@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Generic, Literal
 
 import jax
 import tyro
@@ -33,7 +33,8 @@ from deepseek_jax.plan.command import PlanConfig, plan
 from deepseek_jax.presets import PRESETS, preset
 from deepseek_jax.sharding import make_mesh, sharding
 from deepseek_jax.train.pretrain import PretrainConfig, pretrain
-from deepseek_jax.train.run import stored_config
+from deepseek_jax.train.run import Config, stored_config
+from deepseek_jax.train.sft import SftConfig, sft
 from deepseek_jax.types import UserError
 
 
@@ -186,10 +187,10 @@ class Machine(distributed.Cluster):
 
 
 @dataclass(frozen=True)
-class _Start:
+class _Start(Generic[Config]):
     """All that the command line of a recipe says."""
 
-    config: PretrainConfig
+    config: Config
     machine: Machine = field(default_factory=Machine)
 
 
@@ -204,9 +205,22 @@ def main(args: list[str] | None = None) -> None:
         """Train a language model from text."""
         pretrain(_as_stored(config, words[1:]))
 
+    def fine_tune(
+        config: Annotated[SftConfig, tyro.conf.arg(name="")],
+        machine: Annotated[Machine, tyro.conf.arg(name="")] = Machine(),
+    ) -> None:
+        """Fine-tune a language model on conversations."""
+        sft(_as_stored(config, words[1:]))
+
     with _ends_in_a_sentence(), _started(words), _REGISTRY:
         tyro.extras.subcommand_cli_from_dict(
-            {"pretrain": command, "convert": _convert, "generate": _generate, "plan": _plan},
+            {
+                "pretrain": command,
+                "sft": fine_tune,
+                "convert": _convert,
+                "generate": _generate,
+                "plan": _plan,
+            },
             prog="deepseek-jax",
             description="DeepSeek-V3 and R1 in JAX.",
             args=words,
@@ -214,23 +228,22 @@ def main(args: list[str] | None = None) -> None:
         )
 
 
-def run_recipe(stage: Callable[[PretrainConfig], Any], default: PretrainConfig) -> None:
+def run_recipe(stage: Callable[[Config], Any], default: Config) -> None:
     """Run a stage with a recipe's configuration; the command line may change any field of it."""
     words = sys.argv[1:]
-    with _ends_in_a_sentence(), _started(["pretrain", *words]), _REGISTRY:
+    with _ends_in_a_sentence(), _started([default.stage, *words]), _REGISTRY:
         stage(_as_stored(_parse(default, words), words))
 
 
-def _parse(default: PretrainConfig, words: list[str]) -> PretrainConfig:
-    start = tyro.cli(
-        _Start, default=_Start(default), args=words, config=(tyro.conf.OmitArgPrefixes,)
-    )
+def _parse(default: Config, words: list[str]) -> Config:
+    kind: Any = _Start[type(default)]  # pyrefly: ignore
+    start = tyro.cli(kind, default=_Start(default), args=words, config=(tyro.conf.OmitArgPrefixes,))
     return start.config
 
 
-def _as_stored(config: PretrainConfig, words: list[str]) -> PretrainConfig:
+def _as_stored(config: Config, words: list[str]) -> Config:
     """With ``--resume``, what is not said on the command line is as the run was started."""
-    return _parse(stored_config(config, "pretrain"), words) if config.resume else config
+    return _parse(stored_config(config), words) if config.resume else config
 
 
 # --- starting and ending ----------------------------------------------------------------------
@@ -243,7 +256,7 @@ def _started(words: list[str]) -> Iterator[None]:
     A process that then finds its input bad, because a file is missing on its host, say, can tell
     the others instead of leaving them to wait for it.
     """
-    if words[:1] != ["pretrain"] or not {"-h", "--help"}.isdisjoint(words):
+    if words[:1] not in (["pretrain"], ["sft"]) or not {"-h", "--help"}.isdisjoint(words):
         yield
         return
     machine, _ = tyro.cli(Machine, args=words[1:], return_unknown_args=True)

@@ -245,6 +245,9 @@ def _environment() -> ImmutableSandboxedEnvironment:
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
     environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
-    environment.globals["raise_exception"] = fail
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    own: dict[str, Any] = {
+        "raise_exception": fail,
+        "strftime_now": lambda form: datetime.datetime.now().strftime(form),
+    }
+    environment.globals.update(own)
     return environment

@@ -20,6 +20,9 @@ from jaxtyping import Float32, Int32
 
 from deepseek_jax.types import Batch
 
+PACKED_TOGETHER = 512
+"""Conversations whose samples may share a row."""
+
 
 class Row(NamedTuple):
     """T + 1 consecutive tokens; ``segments`` numbers the documents 1, 2, ... (0 is padding)."""
@@ -151,52 +154,69 @@ def fill_row(samples: Sequence[Sample], seq_len: int) -> Row:
 class PackSamples(grain.IterDataset[Row]):
     """Rows of ``seq_len + 1`` tokens from a stream of lists of samples, none of them longer.
 
-    So many lists at a time (``window``) are packed by ``pack_samples``. A position is where its
-    window begins and the rows already given, so it is as small as the stream's own.
+    So many lists at a time (``window``) are packed by ``pack_samples``, never those of two epochs:
+    packing changes the order, and everything is to be seen once before anything is seen twice. A
+    position is where its window begins and the rows already given, as small as the stream's own.
+
+    Args:
+        samples: The lists; endless, or one epoch.
+        seq_len: T, targets in a row.
+        epoch: Lists in an epoch of the stream.
+        window: Lists at a time.
     """
 
-    def __init__(self, samples: grain.IterDataset[list[Sample]], seq_len: int, window: int = 512):
+    def __init__(
+        self,
+        samples: grain.IterDataset[list[Sample]],
+        seq_len: int,
+        epoch: int,
+        window: int = PACKED_TOGETHER,
+    ):
         super().__init__(samples)
-        self._seq_len, self._window = seq_len, window
+        self._sizes = seq_len, epoch, window
 
     def __iter__(self) -> grain.DatasetIterator[Row]:
-        return _PackSamplesIterator(iter(self._parent), self._seq_len, self._window)
+        return _PackSamplesIterator(iter(self._parent), *self._sizes)
 
 
 class _PackSamplesIterator(grain.DatasetIterator[Row]):
-    def __init__(self, parent: grain.DatasetIterator, seq_len: int, window: int):
+    def __init__(self, parent: grain.DatasetIterator, seq_len: int, epoch: int, window: int):
         super().__init__(parent)
-        self._seq_len, self._window = seq_len, window
-        self._before = parent.get_state()
+        self._seq_len, self._epoch, self._window = seq_len, epoch, window
+        self._before, self._place = parent.get_state(), 0  # of this window
         self._rows: list[list[Sample]] = []
-        self._given = 0
+        self._taken = self._given = 0
 
     def __next__(self) -> Row:
         while self._given == len(self._rows):
-            self._before, self._given = self._parent.get_state(), 0
-            if not self._fill():
+            self._before = self._parent.get_state()
+            self._place, self._given = (self._place + self._taken) % self._epoch, 0
+            self._fill()
+            if not self._taken:
                 raise StopIteration
         row = fill_row(self._rows[self._given], self._seq_len)
         self._given += 1
         return row
 
     def get_state(self) -> dict[str, Any]:
-        """Where this window begins, and how many of its rows have been given."""
-        return {"parent": self._before, "given": self._given}
+        """Where this window begins, in the stream and in the epoch, and how many rows are given."""
+        # Nothing is taken yet where no window has begun.
+        return {"parent": self._before, "place": self._place, "given": self._given}
 
     def set_state(self, state: dict[str, Any]) -> None:
         self._parent.set_state(state["parent"])
-        self._before, self._given, self._rows = state["parent"], state["given"], []
+        self._before, self._place, self._given = state["parent"], state["place"], state["given"]
+        self._rows, self._taken = [], 0
         if self._given:
             self._fill()
 
-    def _fill(self) -> bool:
-        """Packs the next window; False at the end of the stream."""
-        lists = list(itertools.islice(self._parent, self._window))
+    def _fill(self) -> None:
+        """Packs the next window."""
+        count = min(self._window, self._epoch - self._place)
+        lists = list(itertools.islice(self._parent, count))
         samples = [sample for each in lists for sample in each]
         packed = pack_samples([len(sample.ids) for sample in samples], self._seq_len + 1)
-        self._rows = [[samples[i] for i in row] for row in packed]
-        return bool(lists)
+        self._rows, self._taken = [[samples[i] for i in row] for row in packed], len(lists)
 
 
 def rows_to_batch(rows: Sequence[Row], *, mask_documents: bool) -> Batch:

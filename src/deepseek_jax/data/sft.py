@@ -18,6 +18,7 @@ from jaxtyping import Int64
 from deepseek_jax.data.chat import ChatTemplate, TrainOn
 from deepseek_jax.data.conversations import Conversation, Conversations
 from deepseek_jax.data.packing import (
+    PACKED_TOGETHER,
     PackSamples,
     Row,
     Sample,
@@ -146,23 +147,24 @@ class SftData:
         Raises:
             UserError: naming the line of a conversation that cannot be learnt from.
         """
-        lengths: list[int] = []
-        trained = dropped = cut = 0
+        window: list[int] = []
+        count = made = tokens = rows = trained = dropped = cut = 0
+        total = sum(map(len, self._sources))
         for side in self._sources:
             for index in range(len(side)):
                 samples, too_long = side.encode(index)
-                lengths += [len(sample.ids) for sample in samples]
+                window += [len(sample.ids) for sample in samples]
                 trained += sum(int(sample.weights.sum()) for sample in samples)
                 dropped += too_long and not samples
                 cut += too_long and bool(samples)
+                count += 1
+                if count % PACKED_TOGETHER == 0 or count == total:
+                    made, tokens = made + len(window), tokens + sum(window)
+                    rows += len(pack_samples(window, self._config.seq_len + 1))
+                    window = []
         if not trained:
             raise UserError("the data hold no token to learn: all conversations are left out.")
-        size, window = self._config.seq_len + 1, 512
-        rows = sum(
-            len(pack_samples(lengths[i : i + window], size)) for i in range(0, len(lengths), window)
-        )
-        count = sum(map(len, self._sources))
-        return Survey(count, len(lengths), sum(lengths), trained, dropped, cut, rows)
+        return Survey(count, made, tokens, trained, dropped, cut, rows)
 
     def train_batches(
         self, batch_size: int, *, stream: int = 0, streams: int = 1
@@ -189,14 +191,15 @@ class SftData:
             if config.shuffle:
                 samples = shuffled(samples, Concatenated(texts), seeds[0])
             samples = samples[stream::streams].repeat()
-        rows = PackSamples(samples.to_iter_dataset(NO_THREADS), config.seq_len)
+        epoch = len(range(stream, sum(map(len, self._sources)), streams))
+        rows = PackSamples(samples.to_iter_dataset(NO_THREADS), config.seq_len, epoch)
         batches = rows.batch(batch_size, batch_fn=_to_batch)
         return SameData(iter(batches), self._fingerprint(stream, streams))
 
     def eval_batches(self, batch_size: int) -> Iterator[EvalBatch]:
         """One pass over the conversations held out; missing rows are padding of weight 0."""
         each = (side(index) for side in self._held_out for index in range(len(side)))
-        groups = iter(lambda: list(itertools.islice(each, 512)), [])
+        groups = iter(lambda: list(itertools.islice(each, PACKED_TOGETHER)), [])
         rows = (row for group in groups for row in self._pack(group))
         while group := list(itertools.islice(rows, batch_size)):
             padded = group + [padding_row(self._config.seq_len)] * (batch_size - len(group))
@@ -280,7 +283,7 @@ class _Side:
 
     def identity(self) -> tuple[int, str]:
         """Which conversations these are."""
-        digest = hashlib.blake2b(np.ascontiguousarray(self._indices), digest_size=8)
+        digest = hashlib.blake2b(self._indices.tobytes(), digest_size=8)
         return len(self._conversations), digest.hexdigest()
 
     def split(self, fraction: float) -> "_Side":

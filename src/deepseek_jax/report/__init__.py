@@ -8,6 +8,7 @@ from deepseek_jax.report.hardware import peak_flops
 from deepseek_jax.report.metrics import MetricsWriter, read_metrics
 from deepseek_jax.report.monitor import LossMonitor
 from deepseek_jax.report.plots import plot_expert_load, plot_loss
+from deepseek_jax.report.rows import show_rows
 
 __all__ = [
     "LossMonitor",
@@ -17,5 +18,6 @@ __all__ = [
     "plot_expert_load",
     "plot_loss",
     "read_metrics",
+    "show_rows",
     "summary_table",
 ]

@@ -6,7 +6,7 @@ import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -57,6 +57,7 @@ _MAY_CHANGE = (*MAY_CHANGE, "prompt", "sample_tokens", "data.num_workers")
 class PretrainConfig(RunConfig):
     """A pretraining run."""
 
+    stage: ClassVar[str] = "pretrain"
     out: Path = Path("out/pretrain")
     prompt: str = "def "
     """What the sample at the end continues."""
@@ -130,7 +131,7 @@ def pretrain(config: PretrainConfig) -> Result | None:
 
 def run_json(config: PretrainConfig) -> dict[str, Any]:
     """The run's identity."""
-    return identity(config, "pretrain", config.model)
+    return identity(config, config.model)
 
 
 def run_tokenizer(config: PretrainConfig) -> Tokenizer:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -70,6 +70,7 @@ MAY_CHANGE = (
 class RunConfig:
     """What a run of any stage is made with."""
 
+    stage: ClassVar[str] = ""
     out: Path = Path("out/run")
     """Directory of the run: checkpoints, metrics, pictures, tokenizer."""
     resume: bool = False
@@ -182,20 +183,21 @@ def run(
 # --- identity --------------------------------------------------------------------------------
 
 
-def identity(config: RunConfig, stage: str, model: ModelConfig) -> dict[str, Any]:
+def identity(config: RunConfig, model: ModelConfig) -> dict[str, Any]:
     """The run's identity; ``model`` is a Hugging Face ``config.json``, so one reader serves."""
-    return to_json(config) | {"stage": stage, "model": model.to_hf()}
+    return to_json(config) | {"stage": config.stage, "model": model.to_hf()}
 
 
-def stored_config(config: Config, stage: str) -> Config:
+def stored_config(config: Config) -> Config:
     """The configuration that the run in ``config.out`` was started with, set to resume.
 
     Raises:
         UserError: if there is no run, or it was of another stage.
     """
     stored = read_run(config.out)
-    if stored.get("stage") != stage:
-        raise UserError(f"{config.out} holds a run of stage {stored.get('stage')!r}, not {stage}.")
+    found = stored.get("stage")
+    if found != config.stage:
+        raise UserError(f"{config.out} holds a run of stage {found!r}, not {config.stage}.")
     return dataclasses.replace(from_json(type(config), stored), out=config.out, resume=True)
 
 
