@@ -14,8 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.checkpoint import load_params
@@ -25,7 +23,7 @@ from deepseek_jax.data.conversations import Message
 from deepseek_jax.data.pipeline import DataConfig
 from deepseek_jax.data.sft import ConversationConfig
 from deepseek_jax.data.tokenizer import Tokenizer
-from deepseek_jax.generate import generate
+from deepseek_jax.generate import Sampling, complete
 from deepseek_jax.model.transformer import DeepSeekV3
 from deepseek_jax.presets import preset
 from deepseek_jax.train.loop import LoopConfig
@@ -112,21 +110,13 @@ def write_data(folder: Path) -> None:
 
 
 def accuracy(run: Path, tasks: list[Sum]) -> float:
-    """Share of tasks solved greedily; all prompts have one length."""
+    """Share of tasks solved greedily."""
     params, bias, _ = load_params(run)
     tokenizer = Tokenizer.load(run)
     template = ChatTemplate.load(run, tokenizer)
     prompts = [template.prompt_ids([Message("user", task.question)]) for task in tasks]
-    ids = generate(
-        DeepSeekV3(MODEL, FLOAT32),
-        params,
-        bias,
-        jnp.asarray(prompts, jnp.int32),
-        jax.random.key(0),
-        max_new_tokens=64,
-        temperature=0,
-    )
-    said = [tokenizer.decode(row).partition(str(tokenizer.eos_token))[0] for row in np.asarray(ids)]
+    model = DeepSeekV3(MODEL, FLOAT32)
+    said = complete(model, params, bias, tokenizer, prompts, Sampling(64, temperature=0.0))
     return float(np.mean([task.solved_by(text) for task, text in zip(tasks, said, strict=True)]))
 
 

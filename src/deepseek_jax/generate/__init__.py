@@ -1,7 +1,7 @@
 """Generation: an engine over token ids, and what makes text of it."""
 
 from deepseek_jax.generate.engine import Completion, Engine, EngineConfig, Request, Sampling
-from deepseek_jax.generate.text import TextTokenizer, continue_text, text_request
+from deepseek_jax.generate.text import TextTokenizer, complete, completion_text, text_request
 
 __all__ = [
     "Completion",
@@ -10,6 +10,7 @@ __all__ = [
     "Request",
     "Sampling",
     "TextTokenizer",
-    "continue_text",
+    "complete",
+    "completion_text",
     "text_request",
 ]

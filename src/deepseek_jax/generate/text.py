@@ -82,18 +82,23 @@ def completion_text(
     return text[: min((text.index(s) for s in stop if s in text), default=len(text))]
 
 
-def continue_text(
+def complete(
     model: DeepSeekV3,
     params: Params,
     router_bias_LE: Float[Array, "L E"],
     tokenizer: TextTokenizer,
-    prompt: str,
+    prompts: Sequence[str | Sequence[int]],
     sampling: Sampling,
-) -> str:
-    """What the model says after one prompt, up to the end-of-sequence token."""
-    request = text_request(tokenizer, prompt, sampling)
-    longest = model.config.max_position_embeddings
-    length = min(len(request.prompt) + sampling.max_new_tokens, longest)
-    config = EngineConfig(slots=1, lanes=1, max_length=length, prefill_chunk=min(256, length))
-    (completion,) = Engine(model, params, router_bias_LE, config).generate([request])
-    return completion_text(tokenizer, completion)
+    *,
+    slots: int = 32,
+) -> list[str]:
+    """What the model says after each prompt, up to the end-of-sequence token."""
+    requests = [text_request(tokenizer, prompt, sampling) for prompt in prompts]
+    longest = max((len(request.prompt) for request in requests), default=1)
+    room = min(longest + sampling.max_new_tokens, model.config.max_position_embeddings)
+    rows = max(1, min(slots, len(prompts)))
+    chunk = min(256, longest)
+    config = EngineConfig(rows, room, lanes=min(rows, 8), prefill_chunk=max(1, chunk))
+    done = Engine(model, params, router_bias_LE, config).generate(requests)
+    texts = {one.request: completion_text(tokenizer, one) for one in done}
+    return [texts[i] for i in range(len(prompts))]

@@ -1,6 +1,5 @@
 """Pretraining: random weights to a language model, in one call (V3 section 4)."""
 
-import dataclasses
 import functools
 import json
 import time
@@ -17,7 +16,7 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.data.baselines import Baselines, measure_baselines
 from deepseek_jax.data.pipeline import DataConfig, eval_batches, fit_tokenizer, train_batches
 from deepseek_jax.data.tokenizer import Tokenizer
-from deepseek_jax.generate import Sampling, continue_text
+from deepseek_jax.generate import Sampling, complete
 from deepseek_jax.model.transformer import DeepSeekV3
 from deepseek_jax.presets import preset
 from deepseek_jax.report import (
@@ -179,14 +178,15 @@ def _finish(
         lambda: json.dumps(measure_baselines(config.data, tokenizer)).encode()
     )
     baselines = Baselines(*json.loads(measured))
-    text = config.prompt + continue_text(
+    (said,) = complete(
         model,
         outcome.state.params,
         outcome.state.router_bias_LE,
         tokenizer,
-        config.prompt,
+        [config.prompt],
         Sampling(max_new_tokens=config.sample_tokens, seed=config.loop.init_seed),
     )
+    text = config.prompt + said
     if jax.process_index() == 0:
         draw(config.out, outcome, {"token bigram": baselines.bigram, "gzip -9": baselines.gzip})
         (config.out / "sample.txt").write_text(text, encoding="utf-8")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 import json
 import time
 from dataclasses import dataclass, field
@@ -10,8 +9,6 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from deepseek_jax import sharding
@@ -24,7 +21,7 @@ from deepseek_jax.data import chat
 from deepseek_jax.data.chat import ChatTemplate
 from deepseek_jax.data.sft import ConversationConfig, SftData, Survey, epoch_steps
 from deepseek_jax.data.tokenizer import Tokenizer
-from deepseek_jax.generate import generate
+from deepseek_jax.generate import Sampling, complete
 from deepseek_jax.model.transformer import DeepSeekV3
 from deepseek_jax.report import Progress, show_rows, summary_table
 from deepseek_jax.train.loop import Evaluation, Outcome, divide_batch
@@ -219,7 +216,7 @@ class Answers:
     ):
         self._path = config.out / "samples.jsonl"
         self._trainee, self._tokenizer = trainee, tokenizer
-        self._model = dataclasses.replace(trainee.model, remat="none")
+        self._model = trainee.model
         self._tokens = config.sample_tokens
         room = model_config.max_position_embeddings - config.sample_tokens
         prompts = ((p, template.prompt_ids(p)) for p in data.prompts(config.samples))
@@ -229,10 +226,15 @@ class Answers:
         """The answers at this step, for the console."""
         params = jax.jit(self._trainee.merged)(state.params, **self._trainee.frozen)
         shown, lines = [], self._earlier(step)
-        for asked, ids in self._prompts:
-            said = answer(
-                self._model, params, state.router_bias_LE, self._tokenizer, ids, self._tokens
-            )
+        said_all = complete(
+            self._model,
+            params,
+            state.router_bias_LE,
+            self._tokenizer,
+            [ids for _, ids in self._prompts],
+            Sampling(self._tokens, temperature=0.0),
+        )
+        for (asked, _), said in zip(self._prompts, said_all, strict=True):
             shown.append(f"> {asked}\n{said}")
             line = {"step": step, "prompt": asked, "completion": said}
             lines.append(json.dumps(line, ensure_ascii=False) + "\n")
@@ -246,28 +248,6 @@ class Answers:
             return []
         lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
         return [line for line in lines if json.loads(line)["step"] < step]
-
-
-def answer(
-    model: DeepSeekV3,
-    params: Params,
-    router_bias_LE: jax.Array,
-    tokenizer: Tokenizer,
-    prompt_ids: list[int],
-    max_new_tokens: int,
-) -> str:
-    """The likeliest continuation, up to the end of the turn."""
-    ids_1N = generate(
-        model,
-        params,
-        router_bias_LE,
-        jnp.asarray([prompt_ids], jnp.int32),
-        jax.random.key(0),
-        max_new_tokens=max_new_tokens,
-        temperature=0,
-    )
-    said = itertools.takewhile(lambda i: i != tokenizer.eos_id, np.asarray(ids_1N[0]).tolist())
-    return tokenizer.decode(list(said))
 
 
 def _finish(

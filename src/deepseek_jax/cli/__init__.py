@@ -26,7 +26,7 @@ from deepseek_jax.config import Dtype, ModelConfig, Precision
 from deepseek_jax.convert import check_hf, convert_to_hf, convert_to_orbax, load_hf
 from deepseek_jax.convert.to_hf import SHARD_SIZE
 from deepseek_jax.data.tokenizer import Tokenizer
-from deepseek_jax.generate import Sampling, continue_text
+from deepseek_jax.generate import Sampling, complete
 from deepseek_jax.lifeline import say
 from deepseek_jax.model.transformer import DeepSeekV3, sharded_params
 from deepseek_jax.plan.command import PlanConfig, plan
@@ -157,12 +157,12 @@ def _generate(
         bias = jax.device_put(bias, sharding(devices))
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     with jax.set_mesh(devices):
-        text = continue_text(
+        (text,) = complete(
             DeepSeekV3(config, precision),
             params,
             bias,
             tokenizer,
-            prompt,
+            [prompt],
             Sampling(max_new_tokens, temperature, top_p, seed=seed),
         )
     Console().print(prompt + text, markup=False, highlight=False, soft_wrap=True)
