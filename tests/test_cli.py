@@ -12,7 +12,10 @@ import pytest
 from deepseek_jax import cli, sharding
 from deepseek_jax.checkpoint import Checkpointer, claim_run_directory
 from deepseek_jax.cli import main
+from deepseek_jax.cli.generate import ChatConfig, chat
+from deepseek_jax.data.conversations import parse_record
 from deepseek_jax.data.tokenizer import train_bpe
+from deepseek_jax.generate import Engine, Sampling
 from deepseek_jax.model.transformer import DeepSeekV3
 from deepseek_jax.train import pretrain
 from deepseek_jax.train.loop import LoopConfig
@@ -382,6 +385,78 @@ def test_convert_there_and_generate_from_both_sides(run_directory, tmp_path, cap
     assert texts[0].startswith("the")
 
 
+def test_a_file_of_prompts_and_conversations(run_directory, tmp_path, capsys):
+    prompts = tmp_path / "prompts.jsonl"
+    lines = [
+        {"prompt": "the", "id": 7},
+        {"messages": [{"role": "user", "content": "a"}], "answer": "b"},
+        {"prompt": "a longer one of them"},
+    ]
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = ["generate", "--run", str(run_directory), "--prompts", str(prompts), "--samples", "2"]
+    words += ["--max-new-tokens", "3", "--compute", "float32", "--slots", "4", "--out"]
+    main([*words, str(tmp_path / "a.jsonl")])
+    main([*words, str(tmp_path / "b.jsonl"), "--mesh", "data=4,fsdp=2"])
+    found = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert [line["sample"] for line in found] == [0, 1] * 3
+    assert [{k: line[k] for k in lines[i // 2]} for i, line in enumerate(found)] == [
+        lines[i // 2] for i in range(6)
+    ]
+    assert all(line["num_tokens"] <= 3 for line in found)
+    elsewhere = [json.loads(line) for line in (tmp_path / "b.jsonl").read_text().splitlines()]
+    assert [line["completion"] for line in found] == [line["completion"] for line in elsewhere]
+    # What is written is conversations, for fine-tuning.
+    assert len([parse_record(line) for line in found]) == 6
+    assert not list(tmp_path.glob("*.partial"))
+    with pytest.raises(SystemExit):
+        main([*words, str(tmp_path / "a.jsonl")])
+    assert "exists; choose another --out" in capsys.readouterr().err
+    prompts.write_text('{"prompt": "a"}\n{"prompt": 3}\n')
+    with pytest.raises(SystemExit):
+        main([*words, str(tmp_path / "c.jsonl")])
+    assert "prompts.jsonl, line 2: has neither a text" in capsys.readouterr().err
+    assert not (tmp_path / "c.jsonl").exists()
+
+
+def test_chat_keeps_history_and_survives_an_interruption(run_directory, capsys, monkeypatch):
+    said = iter(["hello", "/reset", "", "a b " * 9000, "again", "/exit"])
+    asked = []
+
+    def ask(_):
+        asked.append(next(said))
+        return asked[-1]
+
+    config = ChatConfig(run=run_directory, compute="float32", sampling=Sampling(3), slots=1)
+    chat(config, ask)
+    out = capsys.readouterr().out
+    assert asked[-1] == "/exit"
+    assert "a new conversation" in out
+    assert "/reset begins anew" in out  # the prompt that is too long
+    original = Engine.generate
+
+    def interrupted(self, *args):
+        for _ in original(self, *args):
+            raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(Engine, "generate", interrupted)
+    said = iter(["hello", "/exit"])
+    chat(config, ask)
+    assert "[stopped]" in capsys.readouterr().out
+
+
+def test_eval_of_tasks_and_of_text(run_directory, folder, tmp_path, capsys):
+    words = ["eval", "--run", str(run_directory), "--compute", "float32", "--max-new-tokens", "4"]
+    out = tmp_path / "scores.json"
+    main([*words, "--tasks", "add:1", "--limit", "3", "--samples", "2", "--out", str(out)])
+    scores = json.loads(out.read_text())
+    assert scores["pass@1"] == scores["pass@2"] == scores["maj@2"] == 0
+    assert scores["truncated"] > 0
+    assert len(out.with_suffix(".jsonl").read_text().splitlines()) == 6
+    main([*words, "--text", str(folder.source), "--seq-len", "32"])
+    assert "bits_per_byte" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "named"),
     [
@@ -389,6 +464,11 @@ def test_convert_there_and_generate_from_both_sides(run_directory, tmp_path, cap
         (["convert", "--check", "nowhere"], "nowhere is not a directory"),
         (["convert", "nowhere", "there"], "nowhere is not a directory"),
         (["generate", "x"], "--hf DIR or --run DIR"),
+        (["generate", "--run", "nowhere"], "a prompt or --prompts FILE"),
+        (["generate", "--run", "nowhere", "--prompts", "a.jsonl"], "go together"),
+        (["chat", "--run", "nowhere"], "holds no run"),
+        (["eval", "--run", "nowhere"], "--tasks or --text"),
+        (["eval", "--run", "nowhere", "--tasks", "add:2"], "holds no run"),
         (["generate", "x", "--run", "nowhere"], "holds no run"),
         (["generate", "x", "--hf", "nowhere"], "nowhere is not a directory"),
     ],

@@ -60,7 +60,9 @@ def test_greedy_is_the_argmax_of_the_full_forward(config):
     """More prompts than slots and lanes, two samples of each."""
     engine, each = Engine(*setup(), config), prompts(7)
     found = list(engine.generate([Request(p, GREEDY, samples=2) for p in each]))
-    assert sorted((c.request, c.sample) for c in found) == [(i, s) for i in range(7) for s in (0, 1)]
+    assert sorted((c.request, c.sample) for c in found) == [
+        (i, s) for i in range(7) for s in (0, 1)
+    ]
     for completion in found:
         assert completion.finish == "length"
         assert len(completion.tokens) == 6

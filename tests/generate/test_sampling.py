@@ -24,11 +24,11 @@ def controls(rows, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, seed=0):
         ({"top_p": 0.7}, [0.625, 0.375, 0, 0]),  # 0.5 does not reach 0.7, 0.5 + 0.3 does
         ({"top_p": 0.8}, [0.625, 0.375, 0, 0]),
         ({"top_p": 0.01}, [1, 0, 0, 0]),
-        ({"top_k": 3}, PROBS[:3].tolist() + [0]),
+        ({"top_k": 3}, [*PROBS[:3], 0]),
         ({"top_k": 9}, PROBS),
         # Of the three likeliest, renormalised: 0.526 + 0.316 reaches 0.84, not 0.5 + 0.3.
         ({"top_k": 3, "top_p": 0.84}, [0.625, 0.375, 0, 0]),
-        ({"min_p": 0.29}, PROBS[:3].tolist() + [0]),
+        ({"min_p": 0.29}, [*PROBS[:3], 0]),
         ({"min_p": 0.31}, [0.625, 0.375, 0, 0]),
         ({"temperature": 0.5}, PROBS**2),
         ({"temperature": 0.0, "top_p": 0.5, "min_p": 0.5}, [1, 0, 0, 0]),

@@ -19,19 +19,14 @@ from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 
 from deepseek_jax import distributed
-from deepseek_jax.checkpoint import load_params
-from deepseek_jax.checkpoint.files import local_path
-from deepseek_jax.checkpoint.run_directory import read_run
-from deepseek_jax.config import Dtype, ModelConfig, Precision
-from deepseek_jax.convert import check_hf, convert_to_hf, convert_to_orbax, load_hf
+from deepseek_jax.cli.evaluate import EvalConfig, evaluate
+from deepseek_jax.cli.generate import ChatConfig, GenerateConfig, chat, generate
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.convert import check_hf, convert_to_hf, convert_to_orbax
 from deepseek_jax.convert.to_hf import SHARD_SIZE
-from deepseek_jax.data.tokenizer import Tokenizer
-from deepseek_jax.generate import Sampling, complete
 from deepseek_jax.lifeline import say
-from deepseek_jax.model.transformer import DeepSeekV3, sharded_params
 from deepseek_jax.plan.command import PlanConfig, plan
 from deepseek_jax.presets import PRESETS, preset
-from deepseek_jax.sharding import make_mesh, sharding
 from deepseek_jax.train.pretrain import PretrainConfig, pretrain
 from deepseek_jax.train.run import Config, stored_config
 from deepseek_jax.train.sft import SftConfig, sft
@@ -118,54 +113,19 @@ def _plan(config: Annotated[PlanConfig, tyro.conf.arg(name="")]) -> None:
     plan(config)
 
 
-def _generate(
-    prompt: tyro.conf.Positional[str],
-    hf: Path | None = None,
-    run: Path | None = None,
-    max_new_tokens: int = 200,
-    temperature: float = 0.6,
-    top_p: float = 0.95,
-    seed: int = 0,
-    compute: Dtype = "bfloat16",
-    mesh: str = "data=-1",
-) -> None:
-    """Continue a text, from a Hugging Face folder as it is or from a run directory.
+def _generate(config: Annotated[GenerateConfig, tyro.conf.arg(name="")]) -> None:
+    """Continue a text, or every prompt of a file, from a run directory or a Hugging Face folder."""
+    generate(config)
 
-    Args:
-        prompt: The text to continue.
-        hf: A Hugging Face folder of the family.
-        run: A run directory (``pretrain``, ``convert``).
-        max_new_tokens: Tokens at the most.
-        temperature: 0 takes the likeliest token.
-        top_p: Cut to the nucleus of this probability.
-        seed: Same seed, same text.
-        compute: Number format of matmuls and of the weights; float32 on CPUs.
-        mesh: Devices that the weights are spread over, as in ``fsdp=8``.
-    """
-    if (hf is None) == (run is None):
-        raise UserError("generate takes --hf DIR or --run DIR, one of the two.")
-    devices = make_mesh(mesh)
-    precision = Precision(params=compute, compute=compute)
-    folder = hf or run
-    assert folder is not None
-    if hf is not None:
-        config, params, bias = load_hf(hf, dtype=compute, mesh=devices)
-    else:
-        config = ModelConfig.from_hf(read_run(local_path(folder))["model"])
-        abstract = sharded_params(DeepSeekV3(config, precision), devices)
-        params, bias, _ = load_params(folder, abstract)
-        bias = jax.device_put(bias, sharding(devices))
-    tokenizer = Tokenizer.load(folder / "tokenizer.json")
-    with jax.set_mesh(devices):
-        (text,) = complete(
-            DeepSeekV3(config, precision),
-            params,
-            bias,
-            tokenizer,
-            [prompt],
-            Sampling(max_new_tokens, temperature, top_p, seed=seed),
-        )
-    Console().print(prompt + text, markup=False, highlight=False, soft_wrap=True)
+
+def _chat(config: Annotated[ChatConfig, tyro.conf.arg(name="")]) -> None:
+    """Talk to a model; /reset begins anew, /exit leaves, Ctrl-C stops an answer."""
+    chat(config)
+
+
+def _evaluate(config: Annotated[EvalConfig, tyro.conf.arg(name="")]) -> None:
+    """Solve tasks and be judged (pass@k, maj@k), or be measured on text (bits per byte)."""
+    evaluate(config)
 
 
 def _cache_folder() -> Path:
@@ -219,6 +179,8 @@ def main(args: list[str] | None = None) -> None:
                 "sft": fine_tune,
                 "convert": _convert,
                 "generate": _generate,
+                "chat": _chat,
+                "eval": _evaluate,
                 "plan": _plan,
             },
             prog="deepseek-jax",
@@ -325,7 +287,3 @@ def _verdict(error: BaseException) -> tuple[int, str | None]:
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted; the checkpoints that were complete are intact."
     return 1, None
-
-
-if __name__ == "__main__":
-    main()

@@ -99,10 +99,10 @@ def parse_record(record: Any) -> Conversation:
                 f"the field {missing} is missing: a conversation is `messages`, or `prompt` and "
                 "`completion`."
             )
-        messages = _parse_messages(record["messages"])
+        messages = parse_messages(record["messages"])
     else:
         if "messages" in record:
-            before = _parse_messages(record["messages"])
+            before = parse_messages(record["messages"])
         elif isinstance(record.get("prompt"), str):
             before = (Message("user", record["prompt"]),)
         else:
@@ -116,7 +116,8 @@ def parse_record(record: Any) -> Conversation:
     return messages
 
 
-def _parse_messages(value: Any) -> Conversation:
+def parse_messages(value: Any) -> Conversation:
+    """Turns as JSON has them; ``ValueError`` says what is wrong with them."""
     if not isinstance(value, list) or not value:
         raise _BadRecord("`messages` is not a list of turns.")
     return tuple(_parse_message(turn, number) for number, turn in enumerate(value, 1))

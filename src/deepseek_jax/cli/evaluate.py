@@ -1,0 +1,137 @@
+"""``deepseek-jax eval``: tasks judged by rules, and text measured in bits per byte."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.progress import Progress
+
+from deepseek_jax.cli.serving import Opened, ServingConfig, opened
+from deepseek_jax.data.pipeline import DataConfig, EvalBatch, eval_batches
+from deepseek_jax.data.prompts import Prompter, PromptStyle
+from deepseek_jax.data.tasks import open_tasks
+from deepseek_jax.evaluate import solve
+from deepseek_jax.report import summary_table
+from deepseek_jax.rewards import (
+    CodeReward,
+    MathEquivalence,
+    Reward,
+    exact,
+    multiple_choice,
+    numeric,
+)
+from deepseek_jax.rewards.puzzles import reward_for
+from deepseek_jax.train.loop import divide_batch
+from deepseek_jax.train.run import all_of, make_evaluate
+from deepseek_jax.types import TrainState, UserError
+
+Verifier = Literal["auto", "exact", "numeric", "math", "choice", "code"]
+
+
+@dataclass(frozen=True)
+class EvalConfig(ServingConfig):
+    """What to measure."""
+
+    tasks: str | None = None
+    """JSON lines with `prompt` and `answer`, or tasks to generate: add:3, rg:chain_sum."""
+    text: tuple[str, ...] = ()
+    """Instead: files or folders of text; perplexity and bits per byte."""
+    verifier: Verifier = "auto"
+    """How an answer, in <answer> or \\boxed, is compared; auto: as generated tasks want it,
+    exactly otherwise."""
+    prompt_style: PromptStyle = "plain"
+    samples: int = 1
+    """Attempts at each task, for pass@k and maj@k."""
+    limit: int = 200
+    """Tasks to generate."""
+    seq_len: int = 1024
+    """Tokens of context at the most, for text."""
+    out: Path | None = None
+    """Where figures go as JSON, and every attempt, as JSON lines beside it."""
+
+    def __post_init__(self) -> None:
+        """Refuse two subjects, or none."""
+        super().__post_init__()
+        if (self.tasks is None) == (not self.text):
+            raise UserError("eval takes --tasks or --text, one of the two.")
+
+
+def evaluate(config: EvalConfig) -> dict[str, float]:
+    """Measure, print a table, write JSON."""
+    if config.out is not None and config.out.exists():
+        raise UserError(f"{config.out} exists; choose another --out, or remove it.")
+    with opened(config) as ready:
+        figures = _on_tasks(config, ready) if config.tasks else _on_text(config, ready)
+    if config.out is not None:
+        config.out.parent.mkdir(parents=True, exist_ok=True)
+        config.out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    rows = [{"figure": name, "value": value} for name, value in figures.items()]
+    Console().print(summary_table(rows))
+    return figures
+
+
+def _verifier(config: EvalConfig) -> Reward:
+    assert config.tasks is not None
+    if config.verifier == "auto":
+        return reward_for(config.tasks)
+    if config.verifier == "math":
+        return MathEquivalence()
+    if config.verifier == "code":
+        return CodeReward(Sandbox())
+    return {"exact": exact, "numeric": numeric, "choice": multiple_choice}[config.verifier]
+
+
+def _on_tasks(config: EvalConfig, ready: Opened) -> dict[str, float]:
+    assert config.tasks is not None
+    tasks = list(open_tasks(config.tasks, size=config.limit))
+    template = ready.template() if config.prompt_style == "chat" else None
+    prompter = Prompter(config.prompt_style, ready.tokenizer, template)
+    longest = max(len(prompter.ids(task.prompt)) for task in tasks)
+    engine = ready.engine(config, longest)
+    with Progress() as progress:
+        bar = progress.add_task("solving", total=len(tasks) * config.samples)
+        solved = solve(
+            engine,
+            prompter,
+            tasks,
+            _verifier(config),
+            config.sampling,
+            config.samples,
+            lambda: progress.advance(bar),
+        )
+    if config.out is not None:
+        attempts = config.out.with_suffix(".jsonl")
+        attempts.parent.mkdir(parents=True, exist_ok=True)
+        with attempts.open("w", encoding="utf-8") as file:
+            for row, samples in enumerate(solved.samples):
+                for column, sample in enumerate(samples):
+                    line = {
+                        "prompt": tasks[row].prompt,
+                        "answer": tasks[row].answer,
+                        "completion": sample.completion.text,
+                        "correct": bool(solved.correct_Pk[row, column]),
+                    }
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    return {"tasks": float(len(tasks))} | solved.scalars()
+
+
+def _on_text(config: EvalConfig, ready: Opened) -> dict[str, float]:
+    seq_len = min(config.seq_len, ready.model.config.max_position_embeddings)
+    rows = -(-config.slots // ready.mesh.size) * ready.mesh.size
+    # All of the text is what is measured: it is held out of itself.
+    data = DataConfig(source=config.text, held_out_source=config.text, seq_len=seq_len)
+
+    def batches(size: int) -> Iterator[EvalBatch]:
+        return eval_batches(data, ready.tokenizer, size)
+
+    trainee = all_of(ready.model, ready.mesh)
+    measure = make_evaluate(batches, trainee, divide_batch(rows, seq_len, ready.mesh))
+    where = jax.tree.map(lambda x: x.sharding, trainee.abstract)
+    params = jax.device_put(ready.params, where)
+    found = measure(TrainState(jnp.int32(0), params, (), ready.router_bias_LE), None)
+    return {name.removeprefix("eval_"): value for name, value in found.scalars().items()}

@@ -1,0 +1,174 @@
+"""What `generate`, `chat` and `eval` share: a model from a folder, its options, streamed text."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+from rich.console import Console
+from rich.style import Style
+from rich.text import Text
+
+from deepseek_jax.checkpoint import load_params
+from deepseek_jax.checkpoint.files import local_path
+from deepseek_jax.checkpoint.run_directory import read_run
+from deepseek_jax.config import Dtype, ModelConfig, Precision
+from deepseek_jax.convert import load_hf
+from deepseek_jax.data.chat import ChatTemplate
+from deepseek_jax.data.tokenizer import END_THINK, THINK, Tokenizer
+from deepseek_jax.generate import Engine, EngineConfig, Sampling
+from deepseek_jax.model.transformer import DeepSeekV3, sharded_params
+from deepseek_jax.sharding import make_mesh, sharding
+from deepseek_jax.types import Params, UserError
+
+
+@dataclass(frozen=True)
+class ServingConfig:
+    """A model, and how it is to speak."""
+
+    run: Path | None = None
+    """A run directory (`pretrain`, `sft`, `convert`)."""
+    hf: Path | None = None
+    """Instead: a Hugging Face folder of the family, as it is."""
+    compute: Dtype = "bfloat16"
+    """Number format of matmuls and of the weights; float32 is faster on CPUs."""
+    mesh: str = "data=-1"
+    """Devices that slots, weights and experts are divided over, as in data=2,expert=4."""
+    sampling: Sampling = field(default_factory=Sampling)
+    slots: int = 8
+    """Texts at a time."""
+    drafts: int = 0
+    """Tokens drafted at a time by the multi-token prediction modules; 0: no speculation."""
+    fp8_cache: bool = False
+    """Keep the latent cache in FP8."""
+    max_length: int | None = None
+    """Tokens of a prompt and its completion; default: as the prompts and max-new-tokens need."""
+
+    def __post_init__(self) -> None:
+        """Refuse to guess which model is meant."""
+        if (self.hf is None) == (self.run is None):
+            raise UserError("give the model as --hf DIR or --run DIR, one of the two.")
+
+
+class Opened(NamedTuple):
+    """A model ready to generate."""
+
+    model: DeepSeekV3
+    params: Params
+    router_bias_LE: Any
+    tokenizer: Tokenizer
+    folder: Path
+    mesh: Mesh
+
+    def template(self) -> ChatTemplate:
+        """How conversations are written for this model."""
+        return ChatTemplate.load(self.folder, self.tokenizer)
+
+    def engine(self, config: ServingConfig, longest_prompt: int) -> Engine:
+        """An engine for prompts of at most so many tokens. To be used under ``set_mesh``."""
+        most = self.model.config.max_position_embeddings
+        wanted = config.max_length or longest_prompt + config.sampling.max_new_tokens
+        if longest_prompt >= most:
+            raise UserError(
+                f"a prompt of {longest_prompt} tokens leaves no room in the model's "
+                f"max_position_embeddings={most}; shorten it."
+            )
+        length = min(wanted, most)
+        return Engine(
+            self.model,
+            self.params,
+            self.router_bias_LE,
+            EngineConfig(
+                slots=config.slots,
+                lanes=min(config.slots, 8),
+                max_length=length,
+                prefill_chunk=min(256, max(longest_prompt, 16)),
+                drafts=config.drafts,
+                cache_dtype="fp8" if config.fp8_cache else "compute",
+            ),
+        )
+
+
+@contextlib.contextmanager
+def opened(config: ServingConfig) -> Iterator[Opened]:
+    """Load the model on its mesh, which is set meanwhile.
+
+    Raises:
+        UserError: the folder is not there, not complete, or of another family.
+    """
+    devices = make_mesh(config.mesh)
+    precision = Precision(params=config.compute, compute=config.compute)
+    folder = config.hf or config.run
+    assert folder is not None
+    if config.hf is not None:
+        model_config, params, bias = load_hf(folder, dtype=config.compute, mesh=devices)
+    else:
+        model_config = ModelConfig.from_hf(read_run(local_path(folder))["model"])
+        model = DeepSeekV3(model_config, precision)
+        params, bias, _ = load_params(folder, sharded_params(model, devices, stored=False))
+        bias = jax.device_put(bias, sharding(devices))
+    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    with jax.set_mesh(devices):
+        model = DeepSeekV3(model_config, precision)
+        yield Opened(model, params, bias, tokenizer, folder, devices)
+
+
+class Stream:
+    """Prints a text as it grows; what is thought (``<think>...</think>``) dimmed.
+
+    Args:
+        console: Where to print.
+        tokenizer: Makes text of tokens.
+        thinking: The prompt has begun the thinking already.
+    """
+
+    def __init__(self, console: Console, tokenizer: Tokenizer, *, thinking: bool = False):
+        self._console, self._tokenizer, self._thinking = console, tokenizer, thinking
+        self._shown = 0
+
+    def __call__(self, tokens: Sequence[int]) -> None:
+        """Print what is new in the text of ``tokens``."""
+        if tokens and tokens[-1] == self._tokenizer.eos_id:
+            tokens = tokens[:-1]
+        text = self._tokenizer.decode(tokens)
+        # The last characters may be the first bytes of a longer one, or of a tag.
+        held = min(
+            (text.rfind(tag[:1]) for tag in ("<",) if _may_begin_tag(text)), default=len(text)
+        )
+        held = min(held, len(text.rstrip("\ufffd")))
+        self._print(text, max(held, self._shown))
+
+    def finish(self, tokens: Sequence[int]) -> str:
+        """Print the rest and a line break; the whole text."""
+        if tokens and tokens[-1] == self._tokenizer.eos_id:
+            tokens = tokens[:-1]
+        text = self._tokenizer.decode(tokens)
+        self._print(text, len(text))
+        self._console.print()
+        return text
+
+    def _print(self, text: str, end: int) -> None:
+        while self._shown < end:
+            tag = END_THINK if self._thinking else THINK
+            at = text.find(tag, self._shown, end)
+            stop = end if at < 0 else at + len(tag)
+            dim = self._thinking or at == self._shown
+            piece = Text(text[self._shown : stop], Style(dim=dim))
+            self._console.print(piece, end="", soft_wrap=True)
+            self._shown = stop
+            if at >= 0:
+                self._thinking = not self._thinking
+
+
+def _may_begin_tag(text: str) -> bool:
+    last = text[text.rfind("<") :] if "<" in text else ""
+    return bool(last) and any(tag.startswith(last) for tag in (THINK, END_THINK))
+
+
+def with_seed(sampling: Sampling, seed: int) -> Sampling:
+    """The same with other randomness."""
+    return dataclasses.replace(sampling, seed=seed)
