@@ -21,6 +21,7 @@ from deepseek_jax.rewards import (
     CodeReward,
     MathEquivalence,
     Reward,
+    Sandbox,
     exact,
     multiple_choice,
     numeric,
