@@ -1,10 +1,13 @@
 """The weighted sum of several rewards, each reported apart."""
 
 import contextlib
+import functools
 import math
+import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -55,11 +58,11 @@ class RewardSum:
 
     Args:
         terms: the rewards, of different names.
-        deadline_s: for one sample and term. A reward that raises it for itself (it has a
-            ``deadline_s``, as those with a process of their own do) is left to it, and a
-            ``BatchReward``, which is a model, is not bounded. All others are interrupted by a
-            signal, which works in the main thread alone and not in the midst of C code: wrap
-            what may hang there in ``killable.Killable``.
+        deadline_s: for one sample and term. A reward that keeps one for itself (it has a
+            ``deadline_s``, as those with processes of their own do) is left to it and called from
+            several threads; a ``BatchReward``, which is a model, is not bounded. All others are
+            interrupted by a signal, which works in the main thread alone and not in the midst of
+            C code: let what may hang there run in a ``killable.Killable``.
 
     Raises:
         UserError: no terms, or two of one name.
@@ -108,21 +111,21 @@ class RewardSum:
                 return values
             except Exception as error:
                 return [error] * len(samples)
-        bounded = contextlib.nullcontext if hasattr(reward, "deadline_s") else self._deadline
-        if bounded == self._deadline and not _in_main_thread():
+        if hasattr(reward, "deadline_s"):  # what waits for other processes can wait for several
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                return list(pool.map(functools.partial(_attempt, reward), samples))
+        if threading.current_thread() is not threading.main_thread():
             raise UserError(
                 f"the reward {term.name!r} is bounded by a signal, which the main thread alone "
-                "gets; score there, or wrap it in rewards.Killable."
+                "gets; score there, or let it run in a rewards.Killable."
             )
         scores: list[float | Exception] = []
         for sample in samples:
             try:
-                with bounded():
-                    scores.append(float(reward(*sample)))
+                with self._deadline():
+                    scores.append(_attempt(reward, sample))
             except _Interrupted:
                 scores.append(Hung(f"no answer within {self._deadline_s:g} s"))
-            except Exception as error:
-                scores.append(error)
         return scores
 
     @contextlib.contextmanager
@@ -146,8 +149,11 @@ class RewardSum:
             signal.signal(signal.SIGALRM, before)
 
 
-def _in_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()
+def _attempt(reward: Reward, sample: Sample) -> float | Exception:
+    try:
+        return float(reward(*sample))
+    except Exception as error:
+        return error
 
 
 class _Interrupted(BaseException):
