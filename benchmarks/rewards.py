@@ -1,7 +1,4 @@
-"""What one call of each reward costs, for a completion of about 11,000 characters.
-
-    python benchmarks/rewards.py
-"""
+"""What one call of each reward costs, for a completion of about 11,000 characters."""
 
 import functools
 import json

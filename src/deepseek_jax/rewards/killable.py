@@ -5,10 +5,8 @@ killed. It is started once and serves call after call, so that what it imports i
 """
 
 import contextlib
-import importlib
 import json
 import os
-import resource
 import select
 import signal
 import subprocess
@@ -16,10 +14,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from deepseek_jax.types import UserError
 
+_WORKER = Path(__file__).with_name("killable_worker.py")
 _START_S = 60.0  # imports included
 _LONGEST_REPLY = 1_000_000
 
@@ -101,7 +101,7 @@ class Killable:
     def _running(self) -> subprocess.Popen[bytes]:
         if self._process is None:
             process = self._process = subprocess.Popen(
-                [sys.executable, "-c", f"from {__name__} import serve; serve()", str(self._memory)],
+                [sys.executable, "-P", str(_WORKER), str(self._memory)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
@@ -162,26 +162,3 @@ def _exchange(write_fd: int, read_fd: int, message: bytes, deadline_s: float) ->
             if not data or len(reply) > _LONGEST_REPLY:
                 raise _Broken("its process died" if not data else "its answer is too long")
     return reply
-
-
-def serve() -> None:
-    """The other process: answers lines until there are no more."""
-    memory = int(sys.argv[1])
-    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    # What the function prints must not be taken for an answer.
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    function: Callable[..., Any] | None = None
-    for line in sys.stdin:
-        message = json.loads(line)
-        try:
-            if function is None:
-                function, value = getattr(importlib.import_module(message[0]), message[1]), None
-            else:
-                value = function(*message)
-            answer = json.dumps([value, None])
-        except Exception as error:
-            answer = json.dumps([None, f"{type(error).__name__}: {error}"[:1000]])
-        replies.write(answer + "\n")
-        replies.flush()
