@@ -29,7 +29,7 @@ from deepseek_jax.presets import preset
 from deepseek_jax.train.loop import LoopConfig
 from deepseek_jax.train.optim import OptimConfig
 from deepseek_jax.train.pretrain import PretrainConfig, pretrain
-from deepseek_jax.train.sft import SFT_OPTIM, SftConfig, sft
+from deepseek_jax.train.sft import SftConfig, sft
 
 OUT = Path("out/sft_arithmetic")
 MODEL = preset("tiny").replace(vocab_size=266, num_nextn_predict_layers=0)  # bytes, no merges
@@ -150,7 +150,7 @@ def main() -> None:
             ),
             loop=LoopConfig(batch_size=16, eval_every=200, save_every=400),
             # As in pretraining: narrow models want high rates.
-            optim=SFT_OPTIM.__class__(
+            optim=OptimConfig(
                 peak_lr=2e-3,
                 min_lr=1e-4,
                 final_lr=1e-4,

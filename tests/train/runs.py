@@ -1,5 +1,6 @@
 """A pretraining run small enough to be killed, continued and compared within a test."""
 
+import functools
 import json
 import os
 import random
@@ -9,13 +10,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
+from deepseek_jax.checkpoint import Checkpointer, claim_run_directory
 from deepseek_jax.checkpoint.trees import flatten, restore_tree, stored_tree
 from deepseek_jax.config import FLOAT32, ModelConfig
 from deepseek_jax.data.pipeline import DataConfig
+from deepseek_jax.data.tokenizer import train_bpe
+from deepseek_jax.model.transformer import DeepSeekV3
 from deepseek_jax.train.loop import LoopConfig
-from deepseek_jax.train.pretrain import PretrainConfig
+from deepseek_jax.train.optim import OptimConfig, make_optimizer
+from deepseek_jax.train.pretrain import PretrainConfig, run_json
+from deepseek_jax.train.step import init_state
 
 # 266 is the least that byte-level BPE can have: the bytes and the special tokens, no merges.
 MODEL = ModelConfig(
@@ -72,8 +79,8 @@ def options(out: Path, source: Path, model: Path) -> list[str]:
     return f"{words} --seq-len 32 --held-out-fraction 0.1 {loop}".split()
 
 
-def start(*words: str, cache: Path | None = None) -> subprocess.Popen[str]:
-    """``deepseek-jax pretrain`` in a process of its own, on one CPU device."""
+def start(*words: str, cache: Path | None = None, stage: str = "pretrain") -> subprocess.Popen[str]:
+    """``deepseek-jax pretrain`` (or another stage) in its own process, on one CPU device."""
     environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "COLUMNS": "100"}
     if cache is not None:
         environment |= {
@@ -81,7 +88,7 @@ def start(*words: str, cache: Path | None = None) -> subprocess.Popen[str]:
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
     return subprocess.Popen(
-        [sys.executable, "-m", "deepseek_jax.cli", "pretrain", *words],
+        [sys.executable, "-m", "deepseek_jax.cli", stage, *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -131,3 +138,18 @@ def assert_same_run(left: Path, right: Path, step: int) -> None:
     host = (f"checkpoints/{step}/host/metadata", "tokenizer.json", "sample.txt")
     assert [(left / f).read_text() for f in host] == [(right / f).read_text() for f in host]
     assert lines(left) == lines(right)
+
+
+def write_base(out: Path, **changes: Any) -> Path:
+    """A run of random weights, as ``pretrain`` would leave it, with a tokenizer of bytes."""
+    model = MODEL.replace(**changes)
+    run = PretrainConfig(out=out, model=model, precision=FLOAT32, loop=LoopConfig(steps=1))
+    claim_run_directory(out, run_json(run), resume=False)
+    train_bpe(WORDS, model.vocab_size).save(out / "tokenizer.json")
+    tx = make_optimizer(OptimConfig(), 1)
+    state = jax.jit(functools.partial(init_state, DeepSeekV3(model, FLOAT32), tx))(
+        jax.random.key(0)
+    )
+    with Checkpointer(out) as checkpointer:
+        checkpointer.save(1, state, data_state={}, rng=jax.random.key(0))
+    return out

@@ -342,6 +342,11 @@ def load_params(
     """
     directory = local_path(directory)
     config = read_run(directory)
+    if (config.get("lora") or {}).get("rank"):
+        raise UserError(
+            f"{directory} holds a LoRA adapter and not a whole model; merge it with `convert`, and "
+            "use what that writes."
+        )
     step, damaged = newest_intact(directory / "checkpoints", prefix="model/")
     if step is None:
         raise UserError(f"{directory} holds no checkpoint yet; let its run save one first.")

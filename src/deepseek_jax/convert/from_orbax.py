@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import zlib
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,15 @@ import tensorstore as ts
 
 from deepseek_jax.checkpoint.files import local_path, newest_intact
 from deepseek_jax.checkpoint.run_directory import read_run
+from deepseek_jax.checkpoint.trees import flatten, stored_tree
 from deepseek_jax.config import ModelConfig
+from deepseek_jax.convert.adapter import Merged, adapted_paths
+from deepseek_jax.convert.folder import HFFolder
 from deepseek_jax.convert.fp8 import E4M3
-from deepseek_jax.convert.memory import insert, leaves, scale_path
+from deepseek_jax.convert.load import open_folder
+from deepseek_jax.convert.memory import insert, leaves, lookup, scale_path
 from deepseek_jax.convert.to_hf import SHARD_SIZE, ExportDtype, Options, export
+from deepseek_jax.model.layers import LORA_A, LORA_B
 from deepseek_jax.types import Params, UserError
 
 _OCDBT = "manifest.ocdbt"  # there if Orbax has written the checkpoint
@@ -63,11 +69,12 @@ def convert_to_hf(
     if dtype == "fp8" and scale_fmt is None:  # as the checkpoint had it that this came from
         scale_fmt = quantization.get("scale_fmt")
     model = _newest_model(run / "checkpoints")
+    tree, fingerprint = _open_run(run, model, config)
     export(
         out,
         config,
-        _open_tree(model, config),
-        Options(_fingerprint(model), dtype, shard_size, scale_fmt),
+        tree,
+        Options(fingerprint, dtype, shard_size, scale_fmt),
         workers=workers,
         progress=progress,
         sidecars=run,
@@ -93,12 +100,42 @@ def _fingerprint(model: Path) -> str:
     return hashlib.sha256(json.dumps(_checksums(model.parent), sort_keys=True).encode()).hexdigest()
 
 
+def _open_run(run: Path, model: Path, config: ModelConfig) -> tuple[Params, str]:
+    """The parameters of a run and what tells them from others; an adapter's merged."""
+    record = read_run(run)
+    lora = record.get("lora") or {}
+    if not lora.get("rank"):
+        return _open_tree(model, config), _fingerprint(model)
+    base = local_path(record["init"])
+    if (base / "run.json").exists():
+        start = _newest_model(base / "checkpoints")
+        tree, source = _open_tree(start, config), _fingerprint(start)
+    elif (base / "config.json").exists():
+        tree, source = open_folder(HFFolder(base)), str(base)
+    else:
+        raise UserError(f"{run} is an adapter of {base}, which is not there; put it back.")
+    opened = _opener(model)
+    tree["router_bias"] = opened(("router_bias",))
+    scale = lora["alpha"] / lora["rank"]
+    for path in adapted_paths(_stored_names(model)):
+        a, b = (opened((*path[:-1], path[-1] + end)) for end in (LORA_A, LORA_B))
+        insert(tree, path, Merged(lookup(tree, path), a, b, scale))
+    return tree, f"{source} {_fingerprint(model)}"
+
+
+def _stored_names(model: Path) -> list[str]:
+    return list(flatten(stored_tree(model)))
+
+
+def _opener(model: Path) -> Callable[[tuple[str, ...]], Any]:
+    if (model / _OCDBT).exists():
+        return partial(_OrbaxArray, model)
+    return partial(_PlainArray, model, _checksums(model.parent))
+
+
 def _open_tree(model: Path, config: ModelConfig) -> Params:
     tree: Params = {}
-    if (model / _OCDBT).exists():
-        open_array = partial(_OrbaxArray, model)
-    else:
-        open_array = partial(_PlainArray, model, _checksums(model.parent))
+    open_array = _opener(model)
     for leaf in leaves(config):
         insert(tree, leaf.path, array := open_array(leaf.path))
         if array.dtype == E4M3:

@@ -64,6 +64,15 @@ def load_hf(
     return config, tree["params"], tree["router_bias"]
 
 
+def open_folder(folder: HFFolder) -> Params:
+    """Every array of a checkpoint, FP8 multiplied out, to be sliced when it is wanted."""
+    pool = ThreadPoolExecutor(_THREADS)
+    tree: Params = {}
+    for leaf in leaves(folder.config):
+        insert(tree, leaf.path, _Parts(folder, leaf, stored_dtype(folder, leaf, None), pool))
+    return tree
+
+
 def stacked_scales(folder: HFFolder, leaf: Leaf) -> np.ndarray:
     """All scales of an array whose weights stay in FP8, in the array's stacking."""
     check_blocks(leaf.layout, axis_sizes(folder.config), leaf.parts[0].shape)
@@ -114,6 +123,10 @@ class _Parts:
         self._folder, self._leaf, self._pool = folder, leaf, pool
         self._sizes = axis_sizes(folder.config)
         self._by_lead = {entry.lead: entry for entry in leaf.parts}
+        self.shape, self.chunk = leaf.shape, None
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        return self.get(tuple(slice(None) for _ in self.shape) if index is Ellipsis else index)
 
     def get(self, index: tuple[slice, ...]) -> np.ndarray:
         ranges = [range(*s.indices(n)) for s, n in zip(index, self._leaf.shape, strict=True)]

@@ -72,6 +72,22 @@ def swiglu(
 GATHERED = "gathered_weight"
 
 
+# Beside a matrix "w" may lie "w_lora_a" and "w_lora_b", whose product is added where it is used.
+LORA_A, LORA_B = "_lora_a", "_lora_b"
+
+
+def low_rank(a: Any, b: Any, ndim: int) -> Any:
+    """A B of LoRA (Hu et al., 2021) as an array of ``ndim`` axes; of NumPy or JAX arrays.
+
+    ``a`` is ``[*lead, *inputs, r]`` and ``b`` ``[*lead, r, *outputs]``; ``lead`` are stacks of
+    matrices (layers, experts), as many as the numbers of axes say.
+    """
+    lead = a.ndim + b.ndim - ndim - 2
+    stack, r = a.shape[:lead], a.shape[-1]
+    product = a.reshape(*stack, -1, r) @ b.reshape(*stack, r, -1)
+    return product.reshape(*a.shape[:-1], *b.shape[lead + 1 :])
+
+
 class LogicalAxes(nn.Partitioned):
     """A parameter boxed with the names of its logical axes (``sharding.RULES``).
 
@@ -112,7 +128,22 @@ class ParamModule(nn.Module):
             here = stored.shape == sharding.local_shapes(axes, shape)[1]
             in_fp8 = self.precision.matmuls == "fp8"
             dtype = stored.dtype if in_fp8 and here else self.precision.compute_dtype
-        return checkpoint_name(sharding.gathered(stored, axes, shape, dtype), GATHERED)
+        w = sharding.gathered(stored, axes, shape, dtype)
+        if self.has_variable("params", name + LORA_A):
+            delta = self._low_rank(name, axes, shape)
+            w = (w.astype(jnp.float32) + delta).astype(w.dtype)
+        return checkpoint_name(w, GATHERED)
+
+    def _low_rank(
+        self, name: str, axes: tuple[str | None, ...], shape: tuple[int, ...]
+    ) -> jax.Array:
+        """The product to add to a matrix: its halves are stored as it is, and gathered like it."""
+        a: Any = self.get_variable("params", name + LORA_A)
+        b: Any = self.get_variable("params", name + LORA_B)
+        lead, split, r = a.ndim + b.ndim - len(shape) - 2, a.ndim - 1, a.shape[-1]
+        a = sharding.gathered(a, (*axes[:split], None), (*shape[:split], r), jnp.float32)
+        names, whole = (*axes[:lead], None, *axes[split:]), (*shape[:lead], r, *shape[split:])
+        return low_rank(a, sharding.gathered(b, names, whole, jnp.float32), len(shape))
 
     def scale(self, name: str, size: int) -> jax.Array:
         """The gain of an RMSNorm, initially 1."""

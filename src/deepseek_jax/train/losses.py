@@ -187,8 +187,22 @@ def pretrain_loss(
     The shares of a step's micro-batches add up to its loss, whatever the split. With ``mtp_weight``
     None the MTP modules are not computed, and their routers see no load.
     """
-    depths = 0 if mtp_weight is None else model.config.num_nextn_predict_layers
-    hidden = hidden_states(model, params, router_bias_LE, batch, mtp=depths > 0)
+    mtp = mtp_weight is not None and model.config.num_nextn_predict_layers > 0
+    hidden = hidden_states(model, params, router_bias_LE, batch, mtp=mtp)
+    return next_token_loss(model, params, hidden, batch, totals, mtp_weight)
+
+
+def next_token_loss(
+    model: DeepSeekV3,
+    params: Params,
+    hidden: Hidden,
+    batch: Batch,
+    totals: Totals,
+    mtp_weight: Float[Array, ""] | float | None,
+    main_weight: float | int = 1,
+) -> tuple[Float[Array, ""], LossParts]:
+    """``pretrain_loss`` from the hidden states on, the main head's part times ``main_weight``."""
+    depths = len(hidden.mtp_BTD)
     # Main head and MTP depths in one pass over the head: its gradient is as large as itself, and
     # there is one.
     targets, masks = [batch.targets_BT], [batch.loss_weights_BT]
@@ -197,7 +211,7 @@ def pretrain_loss(
         targets.append(targets_BT)
         masks.append(mask_BT)
     share = 1 / jnp.maximum(totals.weight, 1)
-    factors = [share]
+    factors = [main_weight * share]
     if depths:
         assert mtp_weight is not None
         factors += [mtp_weight / depths * share] * depths

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -24,7 +25,9 @@ from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.generate import Sampling, complete
 from deepseek_jax.model.transformer import DeepSeekV3
 from deepseek_jax.report import Progress, show_rows, summary_table
+from deepseek_jax.train.distill import DistillConfig, distillation_loss, with_teacher
 from deepseek_jax.train.loop import Evaluation, Outcome, divide_batch
+from deepseek_jax.train.lora import LoraConfig, adapter_of, place_adapter
 from deepseek_jax.train.losses import pretrain_loss
 from deepseek_jax.train.optim import OptimConfig, learning_rate, make_optimizer, mtp_weight
 from deepseek_jax.train.run import (
@@ -75,6 +78,8 @@ class SftConfig(RunConfig):
     """Prompts held out that the model answers at every evaluation."""
     sample_tokens: int = 256
     conversations: ConversationConfig = field(default_factory=ConversationConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     optim: OptimConfig = SFT_OPTIM
 
 
@@ -120,6 +125,8 @@ def sft(config: SftConfig) -> SftResult | None:
         _inspect(data, tokenizer, survey)
         return None
     config = _with_steps(config, survey)
+    if config.init is not None:  # a LoRA run is nothing without it, wherever it is read from
+        config = dataclasses.replace(config, init=config.init.absolute())
     learning_rate(config.optim, config.loop.steps)  # complains now of what cannot be
     claim = functools.partial(
         claim_run_directory,
@@ -133,9 +140,13 @@ def sft(config: SftConfig) -> SftResult | None:
     tx = make_optimizer(config.optim, config.loop.steps, None if config.mtp else in_mtp)
     lam = mtp_weight(config.optim, config.loop.steps)
 
-    def loss_fn(params, router_bias_LE, batch, totals, step):
+    def loss_fn(params, router_bias_LE, batch, totals, step, **frozen):
         weight = lam(step) if config.mtp else None
-        return pretrain_loss(model, params, router_bias_LE, batch, totals, weight)
+        params = trainee.whole(params, **frozen)
+        if teacher is None:
+            return pretrain_loss(model, params, router_bias_LE, batch, totals, weight)
+        taught_by = (teacher, frozen["teacher"], frozen["teacher_bias"], config.distill)
+        return distillation_loss(model, params, router_bias_LE, batch, totals, weight, *taught_by)
 
     def claim_all() -> None:
         claim()
@@ -145,7 +156,10 @@ def sft(config: SftConfig) -> SftResult | None:
             console.print(str(survey) if survey else "continuing on the same conversations")
 
     with jax.set_mesh(mesh):
-        trainee = all_of(model, mesh)
+        start, trainee = _start(config, model, mesh)
+        teacher = None
+        if config.distill.teacher is not None:
+            trainee, teacher = with_teacher(config, config.distill, trainee, mesh)
         answers = Answers(config, model_config, trainee, tokenizer, template, data)
         course = Course(
             trainee=trainee,
@@ -155,7 +169,7 @@ def sft(config: SftConfig) -> SftResult | None:
             streams=data_config.streams,
             eval_batches=data.eval_batches,
             seq_len=data_config.seq_len,
-            fresh_state=functools.partial(_fresh_state, config, model, tx, mesh),
+            fresh_state=functools.partial(start, tx),
             claim=claim_all,
             sample=answers if config.samples else None,
         )
@@ -179,11 +193,24 @@ def _with_steps(config: SftConfig, survey: Survey | None) -> SftConfig:
     return dataclasses.replace(config, loop=dataclasses.replace(config.loop, steps=steps))
 
 
-def _fresh_state(
-    config: SftConfig, model: DeepSeekV3, tx: Any, mesh: Mesh, abstract: TrainState
-) -> TrainState:
-    assert config.init is not None
-    return first_state(*load_weights(config.init, model, mesh), tx, abstract)
+def _start(
+    config: SftConfig, model: DeepSeekV3, mesh: Mesh
+) -> tuple[Callable[[Any, TrainState], TrainState], Trainee]:
+    """What is trained, and how its first state is made, which a run that is resumed skips."""
+    init = config.init
+    assert init is not None
+    if not config.lora.rank:
+        return lambda tx, abstract: first_state(*load_weights(init, model, mesh), tx, abstract), (
+            all_of(model, mesh)
+        )
+    base, bias_LE = load_weights(init, model, mesh)
+
+    def fresh(tx: Any, abstract: TrainState) -> TrainState:
+        where = jax.tree.map(lambda x: x.sharding, abstract.params)
+        adapter = place_adapter(model, config.lora, where, config.loop.init_seed)
+        return first_state(adapter, bias_LE, tx, abstract)
+
+    return fresh, adapter_of(model, config.lora, base, mesh)
 
 
 def _write_files(
