@@ -127,7 +127,7 @@ def test_what_was_learnt_is_what_transformers_says(tmp_path):
     from deepseek_jax.data.sft import ConversationConfig
     from deepseek_jax.train.loop import LoopConfig
     from deepseek_jax.train.optim import OptimConfig
-    from deepseek_jax.train.sft import SftConfig, answer, sft
+    from deepseek_jax.train.sft import SftConfig, sft
     from tests.train import runs
 
     base = runs.write_base(tmp_path / "base")
@@ -162,6 +162,7 @@ def test_what_was_learnt_is_what_transformers_says(tmp_path):
     ).eval()
     from deepseek_jax.checkpoint import load_params
     from deepseek_jax.data.tokenizer import Tokenizer
+    from deepseek_jax.generate import Sampling, complete
 
     params, bias, _ = load_params(out)
     ours = Tokenizer.load(out)
@@ -179,4 +180,5 @@ def test_what_was_learnt_is_what_transformers_says(tmp_path):
             found = model.generate(prompt, do_sample=False, max_new_tokens=16)
         text = tokenizer.decode(found[0, prompt.shape[1] :], skip_special_tokens=True)
         model_here = DeepSeekV3(runs.MODEL, FLOAT32)
-        assert answer(model_here, params, bias, ours, ids, 16) == text == say
+        greedy = Sampling(16, temperature=0.0)
+        assert complete(model_here, params, bias, ours, [ids], greedy) == [text] == [say]

@@ -16,14 +16,16 @@ from deepseek_jax.config import FLOAT32
 from deepseek_jax.convert import convert_to_hf, load_hf
 from deepseek_jax.data.sft import ConversationConfig
 from deepseek_jax.model.transformer import DeepSeekV3, abstract_params, init_params
+from deepseek_jax.plan.compile import training_step
 from deepseek_jax.train.loop import LoopConfig
 from deepseek_jax.train.lora import LoraConfig, adapters, attach, init_adapter, merge
+from deepseek_jax.train.optim import OptimConfig
 from deepseek_jax.train.sft import SFT_OPTIM, SftConfig, sft
 from deepseek_jax.types import UserError
 from tests.configs import MICRO, quick_jit
 from tests.train import runs
 
-LORA = LoraConfig(rank=4, alpha=8.0)
+LORA = LoraConfig(lora_rank=4, lora_alpha=8.0)
 
 
 def random_adapter(model: DeepSeekV3, config: LoraConfig):
@@ -71,7 +73,7 @@ def test_merged_logits_are_the_unmerged_ones(changes):
 )
 def test_targets_are_what_they_say(targets, matrices):
     model = DeepSeekV3(MICRO, FLOAT32)
-    shapes, axes = adapters(model, LoraConfig(rank=4, targets=targets))
+    shapes, axes = adapters(model, LoraConfig(lora_rank=4, lora_targets=targets))
     names = flatten(shapes)
     assert {name.rpartition("/")[2].split("_lora")[0] for name in names} == matrices
     assert ("moe/w1" in " ".join(names)) == (targets == ("experts",))
@@ -97,9 +99,9 @@ def test_an_adapter_of_v2_lite_is_a_few_megabytes():
     size = lambda **kw: sum(  # noqa: E731
         4 * math.prod(x.shape) for x in jax.tree.leaves(adapters(model, LoraConfig(**kw))[0])
     )
-    attention = size(rank=8, targets=("attention",))
+    attention = size(lora_rank=8, lora_targets=("attention",))
     assert attention < 16e6
-    assert size(rank=8) > 10 * attention  # 64 experts have an adapter each
+    assert size(lora_rank=8) > 10 * attention  # 64 experts have an adapter each
 
 
 def run_config(root, name, base, mesh, **changes) -> SftConfig:
@@ -173,3 +175,12 @@ def test_adapters_lie_as_their_matrices_do():
         ("tensor", "expert"),
     )
     assert "fsdp" in specs["moe_layers/attn/wkv_a_lora_a"].spec[1]
+
+
+def test_a_planned_step_has_moments_for_the_adapter_alone():
+    model, mesh = DeepSeekV3(MICRO, FLOAT32), sharding.make_mesh("fsdp=8")
+    sizes = [
+        training_step(model, OptimConfig(), mesh, 1, 8, 16, lora).arguments
+        for lora in (None, LoraConfig(lora_rank=2, lora_targets=("attention",)))
+    ]
+    assert sizes[1] < sizes[0] / 2  # of three copies one, and little more

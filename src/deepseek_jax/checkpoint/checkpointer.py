@@ -342,7 +342,7 @@ def load_params(
     """
     directory = local_path(directory)
     config = read_run(directory)
-    if (config.get("lora") or {}).get("rank"):
+    if (config.get("lora") or {}).get("lora_rank"):
         raise UserError(
             f"{directory} holds a LoRA adapter and not a whole model; merge it with `convert`, and "
             "use what that writes."

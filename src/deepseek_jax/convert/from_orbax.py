@@ -104,7 +104,7 @@ def _open_run(run: Path, model: Path, config: ModelConfig) -> tuple[Params, str]
     """The parameters of a run and what tells them from others; an adapter's merged."""
     record = read_run(run)
     lora = record.get("lora") or {}
-    if not lora.get("rank"):
+    if not lora.get("lora_rank"):
         return _open_tree(model, config), _fingerprint(model)
     base = local_path(record["init"])
     if (base / "run.json").exists():
@@ -116,7 +116,7 @@ def _open_run(run: Path, model: Path, config: ModelConfig) -> tuple[Params, str]
         raise UserError(f"{run} is an adapter of {base}, which is not there; put it back.")
     opened = _opener(model)
     tree["router_bias"] = opened(("router_bias",))
-    scale = lora["alpha"] / lora["rank"]
+    scale = lora["lora_alpha"] / lora["lora_rank"]
     for path in adapted_paths(_stored_names(model)):
         a, b = (opened((*path[:-1], path[-1] + end)) for end in (LORA_A, LORA_B))
         insert(tree, path, Merged(lookup(tree, path), a, b, scale))

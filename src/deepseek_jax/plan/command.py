@@ -21,6 +21,7 @@ from deepseek_jax.plan.show import Stage, draw, plan_table, search_table
 from deepseek_jax.plan.topology import Topology, parse_topology, topology_devices
 from deepseek_jax.plan.traffic import expected_receivers
 from deepseek_jax.presets import preset
+from deepseek_jax.train.lora import LoraConfig
 from deepseek_jax.train.optim import OptimConfig
 from deepseek_jax.types import UserError
 
@@ -54,6 +55,7 @@ class PlanConfig:
     """Storage of Adam's moments."""
     precision: Precision = field(default_factory=Precision)
     parallel: ExpertParallel = field(default_factory=ExpertParallel)
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
 
 def plan(config: PlanConfig, console: Console | None = None) -> list[Plan]:
@@ -93,6 +95,8 @@ def plan_one(
     """One mesh and one policy."""
     step, tokens, flops = _step(config, mesh)
     remat = "" if config.decode else f", remat {config.remat or 'full'}"
+    if config.lora.lora_rank and not config.decode:
+        remat += f", LoRA of rank {config.lora.lora_rank} on {' '.join(config.lora.lora_targets)}"
     title = (
         f"{_size(param_counts(config.model).total)}, "
         f"{'decode' if config.decode else 'train'}, {topology.name}, {_short(mesh)}, "
@@ -151,6 +155,7 @@ def _step(config: PlanConfig, mesh: Mesh) -> tuple[compiler.Step, int, float]:
         config.micro_batches,
         config.batch // config.micro_batches,
         config.seq,
+        config.lora,
     )
     tokens = config.batch * config.seq
     return step, tokens, training_flops_per_token(config.model, config.seq) * tokens

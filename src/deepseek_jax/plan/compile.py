@@ -21,8 +21,10 @@ from deepseek_jax.model.transformer import (
     sharded_params,
 )
 from deepseek_jax.train.loop import jit_step
+from deepseek_jax.train.lora import LoraConfig, adapter_of
 from deepseek_jax.train.losses import pretrain_loss
 from deepseek_jax.train.optim import OptimConfig, bias_speed, make_optimizer, mtp_weight
+from deepseek_jax.train.run import all_of
 from deepseek_jax.train.step import BATCH_SPEC, abstract_state, make_train_step
 from deepseek_jax.types import Batch, UserError
 
@@ -73,17 +75,32 @@ class Step(NamedTuple):
 
 
 def training_step(
-    model: DeepSeekV3, optim: OptimConfig, mesh: Mesh, micro_batches: int, rows: int, seq_len: int
+    model: DeepSeekV3,
+    optim: OptimConfig,
+    mesh: Mesh,
+    micro_batches: int,
+    rows: int,
+    seq_len: int,
+    lora: LoraConfig | None = None,
 ) -> Step:
-    """What ``pretrain`` runs: loss, gradients, clip, Adam, router bias, the state donated."""
+    """What ``pretrain`` runs: loss, gradients, clip, Adam, router bias, the state donated.
+
+    With ``lora``, what ``sft`` runs: the parameters are read, and an adapter's are trained.
+    """
     tx = make_optimizer(optim, _STEPS)
     weight = mtp_weight(optim, _STEPS)
+    trainee = all_of(model, mesh)
+    if lora is not None and lora.lora_rank:
+        trainee = adapter_of(model, lora, trainee.abstract, mesh)
 
-    def loss_fn(params, router_bias_LE, batch, totals, step):
+    def loss_fn(params, router_bias_LE, batch, totals, step, **frozen):
+        params = trainee.whole(params, **frozen)
         return pretrain_loss(model, params, router_bias_LE, batch, totals, weight(step))
 
-    step = make_train_step(model, tx, loss_fn, bias_speed(optim, _STEPS))
-    state = abstract_state(model, tx, mesh)
+    speed = bias_speed(optim, _STEPS)
+    axes = {"axes": trainee.axes, "frozen_axes": trainee.frozen_axes}
+    step = make_train_step(model, tx, loss_fn, speed, **axes)
+    state = abstract_state(model, tx, mesh, trainee.abstract)
     where = NamedSharding(mesh, BATCH_SPEC)
 
     def array(dtype: Any) -> jax.ShapeDtypeStruct:
@@ -93,7 +110,8 @@ def training_step(
     batch = Batch(ints, ints, array(jnp.float32), ints, ints)
     limit = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.sharding(mesh))
     jitted: Any = jit_step(step, state)
-    return Step(lambda: jitted.lower(state, batch, limit), _bytes((state, batch)))
+    arguments = (state, batch, limit, trainee.frozen)
+    return Step(lambda: jitted.lower(*arguments), _bytes(arguments))
 
 
 def decode_step(model: DeepSeekV3, mesh: Mesh, rows: int, slots: int) -> Step:

@@ -11,11 +11,10 @@ adapter's alone.
 import functools
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import tyro
 from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 
@@ -38,31 +37,27 @@ _INPUTS = {"wo": 2}  # axes that a matrix contracts: heads and their width; else
 class LoraConfig:
     """Low-rank adapters instead of the parameters themselves."""
 
-    rank: Annotated[int, tyro.conf.arg(name="lora-rank")] = 0
+    lora_rank: int = 0
     """r; 0: no LoRA, every parameter is trained."""
-    alpha: Annotated[float, tyro.conf.arg(name="lora-alpha")] = 32.0
+    lora_alpha: float = 32.0
     """The product is scaled by alpha / r."""
-    targets: Annotated[tuple[Target, ...], tyro.conf.arg(name="lora-targets")] = (
-        "attention",
-        "ffn",
-        "experts",
-    )
+    lora_targets: tuple[Target, ...] = ("attention", "ffn", "experts")
     """MLA's projections; dense and shared feed-forward networks; routed experts."""
 
     def __post_init__(self) -> None:
         """Refuse what adapts nothing."""
-        if self.rank < 0 or not self.targets or self.alpha <= 0:
+        if self.lora_rank < 0 or not self.lora_targets or self.lora_alpha <= 0:
             raise UserError("LoRA wants a rank of at least 0, alpha above 0, and targets.")
 
     @property
     def scale(self) -> float:
         """Alpha / r."""
-        return self.alpha / self.rank
+        return self.lora_alpha / self.lora_rank
 
 
 def adapters(model: DeepSeekV3, config: LoraConfig) -> tuple[Params, Params]:
     """Shapes and logical axes of the adapter, in trees like the parameters'."""
-    wanted = {pair for target in config.targets for pair in _MATRICES[target]}
+    wanted = {pair for target in config.lora_targets for pair in _MATRICES[target]}
 
     def walk(shapes: Any, axes: Any, parent: str) -> tuple[Params, Params]:
         found: tuple[Params, Params] = ({}, {})
@@ -76,9 +71,9 @@ def adapters(model: DeepSeekV3, config: LoraConfig) -> tuple[Params, Params]:
                 lead = sum(axis in ("layers", "expert") for axis in names)
                 split = lead + _INPUTS.get(name, 1)
                 halves = {
-                    LORA_A: ((*value.shape[:split], config.rank), (*names[:split], None)),
+                    LORA_A: ((*value.shape[:split], config.lora_rank), (*names[:split], None)),
                     LORA_B: (
-                        (*value.shape[:lead], config.rank, *value.shape[split:]),
+                        (*value.shape[:lead], config.lora_rank, *value.shape[split:]),
                         (*names[:lead], None, *names[split:]),
                     ),
                 }
@@ -137,10 +132,12 @@ def merge(base: Params, adapter: Params, scale: float) -> Params:
 
 
 def adapter_of(model: DeepSeekV3, config: LoraConfig, base: Params, mesh: Mesh) -> Trainee:
-    """The adapter is trained; the base, wherever it lies, stays."""
+    """The adapter is trained; the base, wherever it lies (or is only described), stays."""
     shapes, axes = adapters(model, config)
     if not shapes:
-        raise UserError(f"the model has none of the matrices that LoRA targets: {config.targets}.")
+        raise UserError(
+            f"the model has none of the matrices that LoRA targets: {config.lora_targets}."
+        )
     where = sharding.param_shardings(mesh, axes, shapes)
     abstract = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where

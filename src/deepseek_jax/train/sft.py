@@ -199,10 +199,12 @@ def _start(
     """What is trained, and how its first state is made, which a run that is resumed skips."""
     init = config.init
     assert init is not None
-    if not config.lora.rank:
-        return lambda tx, abstract: first_state(*load_weights(init, model, mesh), tx, abstract), (
-            all_of(model, mesh)
-        )
+
+    def loaded(tx: Any, abstract: TrainState) -> TrainState:
+        return first_state(*load_weights(init, model, mesh), tx, abstract)
+
+    if not config.lora.lora_rank:
+        return loaded, all_of(model, mesh)
     base, bias_LE = load_weights(init, model, mesh)
 
     def fresh(tx: Any, abstract: TrainState) -> TrainState:
@@ -251,6 +253,8 @@ class Answers:
 
     def __call__(self, state: TrainState, step: int) -> str:
         """The answers at this step, for the console."""
+        if not self._prompts:
+            return ""
         params = jax.jit(self._trainee.merged)(state.params, **self._trainee.frozen)
         shown, lines = [], self._earlier(step)
         said_all = complete(
