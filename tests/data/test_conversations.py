@@ -36,6 +36,14 @@ FORMS = {
 }
 
 
+def test_a_completion_that_generation_cut_off_is_known(tmp_path):
+    path = tmp_path / "a.jsonl"
+    lines = [{"prompt": "a", "completion": "b", "finish": f} for f in ("stop", "length")]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    found = Conversations([path])
+    assert [found[i][-1].finished for i in range(2)] == [True, False]
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 def test_every_form_is_read(tmp_path, form, suffix):

@@ -205,6 +205,19 @@ def test_too_long_is_cut_and_counted(open_data, uneven, held, tokenizer):
     assert max(lengths) == 97
 
 
+def test_what_generation_cut_off_does_not_teach_to_stop(open_data, tmp_path, held, tokenizer):
+    records = [record(0) | {"finish": "length"}, record(1) | {"finish": "stop"}]
+    changes = {"data": (write(tmp_path / "a.jsonl", records),), "held_out": held}
+    with pytest.raises(UserError, match=r"a.jsonl, line 1: the completion was cut off when it was"):
+        open_data(**changes).survey()
+    assert open_data(**changes, too_long="drop").survey()[1:2] == (1,)
+    data = open_data(**changes, too_long="cut")
+    assert (data.survey().cut, data.survey().samples) == (1, 2)
+    batch = next(data.train_batches(1))
+    learnt = batch.targets_BT[batch.loss_weights_BT > 0]
+    assert (learnt == tokenizer.eos_id).sum() == 1
+
+
 def test_nothing_left_to_learn(open_data, tmp_path, held):
     records = [{"prompt": "why " * 120, "completion": "so"}]
     data = open_data(data=(write(tmp_path / "a.jsonl", records),), held_out=held, too_long="drop")

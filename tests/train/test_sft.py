@@ -207,6 +207,7 @@ BAD = {
     "line 2: turn 1, the assistant's, is empty": {"messages": [TURN | {"content": ""}]},
     "line 2: the field `completion` is missing": {"prompt": "x"},
     "line 2: the conversation is ": {"prompt": "x" * 200, "completion": "y"},
+    "line 2: the completion was cut off": {"prompt": "x", "completion": "y", "finish": "length"},
     "line 2: no turn is the assistant's": {"messages": [{"role": "user", "content": "x"}]},
 }
 

@@ -7,8 +7,9 @@ A record is one of::
     {"prompt": "...", "completion": "..."}
     {"messages": [...], "completion": "..."}
 
-Other fields are passed over, so what a generation left is read as it is. Thinking may stand in
-``reasoning_content`` or inside the content as ``<think>...</think>``.
+Other fields are passed over, so what a generation left is read as it is; of ``finish`` it is noted
+whether the completion came to its end. Thinking may stand in ``reasoning_content`` or inside the
+content as ``<think>...</think>``.
 """
 
 import itertools
@@ -22,7 +23,7 @@ from deepseek_jax.data.tokenizer import END_THINK, THINK
 from deepseek_jax.types import UserError
 
 ROLES = ("system", "user", "assistant")
-_COLUMNS = ("messages", "prompt", "completion", "reasoning_content")
+_COLUMNS = ("messages", "prompt", "completion", "reasoning_content", "finish")
 
 
 class Message(NamedTuple):
@@ -31,6 +32,8 @@ class Message(NamedTuple):
     role: str
     content: str
     reasoning: str = ""
+    finished: bool = True
+    """False where generation stopped at its limit: the end is no end."""
 
 
 Conversation = tuple[Message, ...]
@@ -110,7 +113,8 @@ def parse_record(record: Any) -> Conversation:
         fields = {"role": "assistant", "content": record["completion"]}
         if "reasoning_content" in record:
             fields["reasoning_content"] = record["reasoning_content"]
-        messages = (*before, _parse_message(fields, len(before) + 1))
+        said = _parse_message(fields, len(before) + 1)
+        messages = (*before, said._replace(finished=record.get("finish") != "length"))
     if not any(message.role == "assistant" for message in messages):
         raise _BadRecord("no turn is the assistant's, so there is nothing to learn.")
     return messages

@@ -48,7 +48,8 @@ class ConversationConfig:
         held_out_fraction: Share of the data kept for evaluation, chosen by the prompt's content.
         seq_len: Tokens in a row (T).
         train_on: The assistant's turns to learn: all, or the last of a conversation.
-        too_long: A conversation longer than a row is an error, is left out, or is cut off.
+        too_long: A conversation longer than a row, or cut off in generation, is an error, is left
+            out, or is cut off.
         shuffle: Visit the conversations in a new random order each epoch.
         data_seed: Of the order, not of the split.
         streams: Parts of the data that as many processes can read; 0: as many as start the run.
@@ -89,9 +90,9 @@ class Survey(NamedTuple):
     trained: int
     """Tokens to learn."""
     dropped: int
-    """Conversations left out because they are longer than a row."""
+    """Conversations left out because they are too long."""
     cut: int
-    """Conversations cut off at the end of a row."""
+    """Conversations without their end."""
     rows: int
     """Rows of an epoch."""
 
@@ -300,28 +301,35 @@ class _Side:
 
     def _encode(self, index: int) -> tuple[list[Sample], bool]:
         config, size = self._config, self._config.seq_len + 1
+        conversation = self.conversation(index)
         try:
-            samples = self._template.samples(self.conversation(index), config.train_on)
+            samples = self._template.samples(conversation, config.train_on)
         except UserError as error:
-            place = self._place(index)
-            known = str(error).startswith(place)
-            raise error if known else UserError(f"{place}: {error}") from error
-        longest = max(len(sample.ids) for sample in samples)
-        if longest > size:
+            raise UserError(f"{self._place(index)}: {error}") from error
+        longest, finished = max(len(sample.ids) for sample in samples), conversation[-1].finished
+        too_long = longest > size or not finished
+        if too_long:
             if config.too_long == "error":
+                why = (
+                    f"the conversation is {longest:,} tokens long and a row has {size:,}: raise "
+                    "seq_len, or say"
+                    if finished
+                    else "the completion was cut off when it was generated: leave it out, or say"
+                )
                 raise UserError(
-                    f"{self._place(index)}: the conversation is {longest:,} tokens long and a "
-                    f"row has {size:,}: raise seq_len, or say what to do with --too-long drop or "
-                    "cut."
+                    f"{self._place(index)}: {why} what to do by --too-long drop or cut."
                 )
             if config.too_long == "drop":
                 return [], True
+            if not finished:  # what was said is learnt, but not to stop there
+                ids, weights = samples[-1]
+                samples[-1] = Sample(ids[:-1], weights[:-1])
             samples = [Sample(s.ids[:size], s.weights[:size]) for s in samples]
         # Of a sample cut off within its question nothing is left to learn.
         kept = [sample for sample in samples if sample.weights[1:].any()]
-        if not kept and longest <= size:
+        if not kept and not too_long:
             raise UserError(f"{self._place(index)}: no token of the conversation is to be learnt.")
-        return kept, longest > size
+        return kept, too_long
 
 
 def _to_batch(rows: Sequence[Row]) -> Batch:
