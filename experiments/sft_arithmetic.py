@@ -148,7 +148,7 @@ def main() -> None:
                 held_out=(str(OUT / "data/held_out.jsonl"),),
                 seq_len=256,
             ),
-            loop=LoopConfig(batch_size=16, eval_every=50, save_every=400),
+            loop=LoopConfig(batch_size=16, eval_every=200, save_every=400),
             # As in pretraining: narrow models want high rates.
             optim=OptimConfig(
                 peak_lr=2e-3,

@@ -110,8 +110,8 @@ def training_step(
     batch = Batch(ints, ints, array(jnp.float32), ints, ints)
     limit = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.sharding(mesh))
     jitted: Any = jit_step(step, state)
-    arguments = (state, batch, limit, trainee.frozen)
-    return Step(lambda: jitted.lower(*arguments), _bytes(arguments))
+    held = _bytes((state, batch, trainee.frozen))
+    return Step(lambda: jitted.lower(state, batch, limit, trainee.frozen), held)
 
 
 def decode_step(model: DeepSeekV3, mesh: Mesh, rows: int, slots: int) -> Step:

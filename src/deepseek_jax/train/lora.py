@@ -143,10 +143,10 @@ def adapter_of(model: DeepSeekV3, config: LoraConfig, base: Params, mesh: Mesh) 
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where
     )
 
-    def whole(adapter: Params, base: Params, **_: Params) -> Params:
+    def whole(adapter: Params, base: Params, **_: Any) -> Params:
         return attach(base, adapter, config.scale)
 
-    def merged(adapter: Params, base: Params, **_: Params) -> Params:
+    def merged(adapter: Params, base: Params, **_: Any) -> Params:
         return merge(base, adapter, config.scale)
 
     frozen_axes = {"base": logical_axes(model)}

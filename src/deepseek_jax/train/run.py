@@ -110,7 +110,7 @@ class Trainee(NamedTuple):
 def all_of(model: DeepSeekV3, mesh: Mesh) -> Trainee:
     """Every parameter is trained."""
 
-    def itself(params: Params, **_: Params) -> Params:
+    def itself(params: Params, **_: Any) -> Params:
         return params
 
     axes = logical_axes(model)
