@@ -27,6 +27,7 @@ from deepseek_jax.convert.to_hf import SHARD_SIZE
 from deepseek_jax.lifeline import say
 from deepseek_jax.plan.command import PlanConfig, plan
 from deepseek_jax.presets import PRESETS, preset
+from deepseek_jax.train.grpo import GrpoConfig, grpo
 from deepseek_jax.train.pretrain import PretrainConfig, pretrain
 from deepseek_jax.train.run import Config, stored_config
 from deepseek_jax.train.sft import SftConfig, sft
@@ -172,11 +173,19 @@ def main(args: list[str] | None = None) -> None:
         """Fine-tune a language model on conversations."""
         sft(_as_stored(config, words[1:]))
 
+    def reinforce(
+        config: Annotated[GrpoConfig, tyro.conf.arg(name="")],
+        machine: Annotated[Machine, tyro.conf.arg(name="")] = Machine(),
+    ) -> None:
+        """Reinforcement learning from rewards that rules give (GRPO)."""
+        grpo(_as_stored(config, words[1:]))
+
     with _ends_in_a_sentence(), _started(words), _REGISTRY:
         tyro.extras.subcommand_cli_from_dict(
             {
                 "pretrain": command,
                 "sft": fine_tune,
+                "grpo": reinforce,
                 "convert": _convert,
                 "generate": _generate,
                 "chat": _chat,
@@ -218,7 +227,7 @@ def _started(words: list[str]) -> Iterator[None]:
     A process that then finds its input bad, because a file is missing on its host, say, can tell
     the others instead of leaving them to wait for it.
     """
-    if words[:1] not in (["pretrain"], ["sft"]) or not {"-h", "--help"}.isdisjoint(words):
+    if words[:1] not in (["pretrain"], ["sft"], ["grpo"]) or not {"-h", "--help"}.isdisjoint(words):
         yield
         return
     machine, _ = tyro.cli(Machine, args=words[1:], return_unknown_args=True)

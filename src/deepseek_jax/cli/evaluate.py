@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,21 +16,10 @@ from deepseek_jax.data.prompts import Prompter, PromptStyle
 from deepseek_jax.data.tasks import open_tasks
 from deepseek_jax.evaluate import solve
 from deepseek_jax.report import summary_table
-from deepseek_jax.rewards import (
-    CodeReward,
-    MathEquivalence,
-    Reward,
-    Sandbox,
-    exact,
-    multiple_choice,
-    numeric,
-)
-from deepseek_jax.rewards.puzzles import reward_for
+from deepseek_jax.rewards.verifiers import Verifier, verifier
 from deepseek_jax.train.loop import divide_batch
 from deepseek_jax.train.run import all_of, make_evaluate
 from deepseek_jax.types import TrainState, UserError
-
-Verifier = Literal["auto", "exact", "numeric", "math", "choice", "code"]
 
 
 @dataclass(frozen=True)
@@ -76,17 +64,6 @@ def evaluate(config: EvalConfig) -> dict[str, float]:
     return figures
 
 
-def _verifier(config: EvalConfig) -> Reward:
-    assert config.tasks is not None
-    if config.verifier == "auto":
-        return reward_for(config.tasks)
-    if config.verifier == "math":
-        return MathEquivalence()
-    if config.verifier == "code":
-        return CodeReward(Sandbox())
-    return {"exact": exact, "numeric": numeric, "choice": multiple_choice}[config.verifier]
-
-
 def _on_tasks(config: EvalConfig, ready: Opened) -> dict[str, float]:
     assert config.tasks is not None
     tasks = list(open_tasks(config.tasks, size=config.limit))
@@ -100,7 +77,7 @@ def _on_tasks(config: EvalConfig, ready: Opened) -> dict[str, float]:
             engine,
             prompter,
             tasks,
-            _verifier(config),
+            verifier(config.verifier, config.tasks),
             config.sampling,
             config.samples,
             lambda: progress.advance(bar),

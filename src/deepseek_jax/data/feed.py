@@ -9,17 +9,18 @@ may be continued by any number of processes.
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import grain
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Int
 
 from deepseek_jax.types import Batch, UserError
 
 OpenStream = Callable[..., grain.DatasetIterator[Batch]]
+Rows = TypeVar("Rows")  # a Batch, or another tree of arrays by rows
 
 
 class Feed(NamedTuple):
@@ -33,25 +34,31 @@ class Feed(NamedTuple):
     streams: int
     """As many as a new run takes."""
 
-    def place(self, batches: Sequence[Batch]) -> Batch:
-        """This process's rows of the micro-batches, to be one global ``[A, B, T]`` batch."""
-        return Batch(*(self._place(np.stack(x)) for x in zip(*batches, strict=True)))
+    def place(self, batches: Sequence[Rows]) -> Rows:
+        """This process's rows of the micro-batches, to be one global ``[A, B, T]`` batch.
 
-    def own(self, batch: Batch) -> Batch:
+        Any tree of arrays that begin with the axes B, T (as far as they have any) will do.
+        """
+        return jax.tree.map(lambda *x: self._place(np.stack(x)), *batches)
+
+    def own(self, batch: Rows) -> Rows:
         """This process's rows of a whole batch."""
-        return Batch(*(x[self.rows] for x in batch))
+        return jax.tree.map(lambda x: x[self.rows], batch)
 
     def part(self, local_ABT: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
         """Out of this process's rows, those at an index of the global batch."""
-        micro, rows, time = index
+        micro, rows, *rest = index
         start, stop, _ = rows.indices(self.total)
         first = int(np.searchsorted(self.rows, start))
-        return local_ABT[micro, first : first + stop - start, time]
+        return local_ABT[(micro, slice(first, first + stop - start), *rest)]
 
     def _place(self, local_ABT: np.ndarray) -> jax.Array:
-        shape = (local_ABT.shape[0], self.total, local_ABT.shape[2])
+        shape = (local_ABT.shape[0], self.total, *local_ABT.shape[2:])
+        spec = PartitionSpec(*self.where.spec[: local_ABT.ndim])
         return jax.make_array_from_callback(
-            shape, self.where, lambda index: self.part(local_ABT, index or ())
+            shape,
+            NamedSharding(self.where.mesh, spec),
+            lambda index: self.part(local_ABT, index or ()),
         )
 
 

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -9,13 +10,14 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from deepseek_jax import sharding
 from deepseek_jax.generate import slots as programs
 from deepseek_jax.generate.sampling import Controls
 from deepseek_jax.generate.slots import MAX_STOP_TOKENS, Slots, Starts
-from deepseek_jax.model.transformer import DeepSeekV3, logical_axes
+from deepseek_jax.model.transformer import DeepSeekV3, abstract_params, logical_axes
 from deepseek_jax.types import Params, UserError
 
 Finish = Literal["stop", "length"]
@@ -123,18 +125,26 @@ def serving_params(model: DeepSeekV3, params: Params) -> Params:
 
     Router gates and norms, which are computed in float32 whatever the precision, stay as they are.
     """
+    # A Linen module can be hashed; its stub does not say so.
+    return _serving(model, jax.sharding.get_mesh())(params)  # pyrefly: ignore
+
+
+@functools.lru_cache(maxsize=8)
+def _serving(model: DeepSeekV3, mesh: Mesh) -> Callable[[Params], Params]:
+    """Compiled once: a policy in training is placed anew for every rollout."""
     axes, dtype = logical_axes(model), model.precision.compute_dtype
 
     def cast(path: Any, x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
         keeps = names[-1] == "norm" or path[-1].key == "gate"
         return x if keeps else x.astype(dtype)
 
-    mesh = jax.sharding.get_mesh()
-    if mesh.empty:
+    def all_cast(params: Params) -> Params:
         return jax.tree_util.tree_map_with_path(cast, params, axes)
-    where = sharding.param_shardings(mesh, axes, params, stored=False)
-    placed = jax.jit(lambda p: jax.tree_util.tree_map_with_path(cast, p, axes), out_shardings=where)
-    return placed(params)
+
+    if mesh.empty:
+        return all_cast
+    where = sharding.param_shardings(mesh, axes, abstract_params(model), stored=False)
+    return jax.jit(all_cast, out_shardings=where)
 
 
 class Engine:

@@ -7,7 +7,7 @@ from deepseek_jax.report.console import Progress, summary_table
 from deepseek_jax.report.hardware import peak_flops
 from deepseek_jax.report.metrics import MetricsWriter, read_metrics
 from deepseek_jax.report.monitor import LossMonitor
-from deepseek_jax.report.plots import plot_expert_load, plot_loss
+from deepseek_jax.report.plots import plot_expert_load, plot_loss, plot_rewards
 from deepseek_jax.report.rows import show_rows
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "peak_flops",
     "plot_expert_load",
     "plot_loss",
+    "plot_rewards",
     "read_metrics",
     "show_rows",
     "summary_table",

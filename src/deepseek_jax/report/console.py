@@ -56,15 +56,16 @@ class Progress:
             )
             self._task = self._bar.add_task("train", total=total, completed=initial, text="")
 
-    def update(self, step: int, *, loss: SupportsFloat, tokens_per_s: SupportsFloat) -> None:
+    def update(self, step: int, *, tokens_per_s: SupportsFloat, **figures: SupportsFloat) -> None:
         """Shows that ``step`` steps are done.
 
         Args:
             step: number of finished steps, counted from the start of the run, not of the process.
-            loss: nats per token.
             tokens_per_s: tokens per second over all devices.
+            figures: what else to show, by name: the loss, the reward.
         """
-        text = f"loss {float(loss):.4f}  {_thousands(float(tokens_per_s))} tokens/s"
+        shown = [f"{name} {float(value):.4f}" for name, value in figures.items()]
+        text = "  ".join([*shown, f"{_thousands(float(tokens_per_s))} tokens/s"])
         if self._bar is not None:
             self._bar.start()  # the first time; a run that ends before leaves no empty bar
             self._bar.update(self._task, completed=step, text=text)

@@ -51,6 +51,32 @@ def plot_loss(
     figure.savefig(Path(path), dpi=160)
 
 
+def plot_rewards(
+    metrics: Sequence[Mapping[str, float | int]], path: str | os.PathLike[str]
+) -> None:
+    """Draws a run of reinforcement learning: rewards, held-out accuracy, length, entropy.
+
+    Args:
+        metrics: from `read_metrics`.
+        path: the PNG to write.
+    """
+    panels = [
+        ("reward", ("reward/accuracy", "reward/format")),
+        ("held-out accuracy", ("eval_greedy", "eval_pass@1")),
+        ("tokens per completion", ("completion_tokens",)),
+        ("entropy (nats)", ("entropy",)),
+    ]
+    figure = _figure(12, 3)
+    for axis, (label, names) in zip(figure.subplots(1, 4), panels, strict=True):
+        for name, color in zip(names, (_BLUE, _ORANGE), strict=False):
+            steps, values = _series(metrics, name)
+            mark = "o-" if name.startswith("eval_") else "-"
+            short = name.removeprefix("reward/").removeprefix("eval_")
+            axis.plot(steps, values, mark, color=color, markersize=4, label=short)
+        _finish(axis, label)
+    figure.savefig(Path(path), dpi=160)
+
+
 def plot_expert_load(
     first_LE: Float[Array, "L E"] | Int[Array, "L E"],
     last_LE: Float[Array, "L E"] | Int[Array, "L E"],

@@ -32,9 +32,16 @@ def policy_output(
     *,
     temperature: float | int = 1.0,
     kept_BTK: Int[Array, "B T K"] | None = None,
+    experts_BTLK: Int[Array, "B T l K"] | None = None,
 ) -> PolicyOutput:
-    """``token_logprobs`` of a batch's targets; per device, of its own rows."""
-    hidden = losses.hidden_states(model, params, router_bias_LE, batch, mtp=False)
+    """``token_logprobs`` of a batch's targets; per device, of its own rows.
+
+    ``experts_BTLK`` are the sampler's choices, repeated here ("Keep Routing", V3.2 section 3.1).
+    """
+    experts_LBTK = None if experts_BTLK is None else jnp.moveaxis(experts_BTLK, 2, 0)
+    hidden = losses.hidden_states(
+        model, params, router_bias_LE, batch, mtp=False, experts_LBTK=experts_LBTK
+    )
     shape = batch.targets_BT.shape
     logp_M, entropy_M = token_logprobs(
         hidden.main_BTD.reshape(-1, hidden.main_BTD.shape[-1]),
@@ -44,7 +51,10 @@ def policy_output(
         kept_MK=None if kept_BTK is None else kept_BTK.reshape(-1, kept_BTK.shape[-1]),
     )
     return PolicyOutput(
-        logp_M.reshape(shape), entropy_M.reshape(shape), hidden.load_LE, hidden.balance_loss
+        logp_M.reshape(shape),
+        entropy_M.reshape(shape),
+        losses.all_loads(model, hidden),
+        hidden.balance_loss,
     )
 
 

@@ -142,8 +142,12 @@ def hidden_states(
     batch: Batch,
     *,
     mtp: bool,
+    experts_LBTK: Int[Array, "l B T K"] | None = None,
 ) -> Hidden:
-    """The model on a batch, up to the head; with or without its MTP modules."""
+    """The model on a batch, up to the head; with or without its MTP modules.
+
+    ``experts_LBTK`` are choices made before, which its MoE layers repeat.
+    """
     hidden = model.apply(
         {"params": params},
         batch.tokens_BT,
@@ -151,6 +155,7 @@ def hidden_states(
         batch.targets_BT if mtp else None,
         batch.segment_ids_BT,
         batch.positions_BT,
+        experts_LBTK,
         method="hidden",
     )
     return cast(Hidden, hidden)

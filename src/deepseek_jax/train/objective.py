@@ -276,6 +276,7 @@ def policy_loss(
     if rollout.sampler_logp_BT is not None:
         mismatch_BT = _difference(old_BT, rollout.sampler_logp_BT, mask_BT)
         metrics_BT["sampler_mismatch"] = jnp.abs(mismatch_BT) * each_BT
+        metrics_BT["sampler_ratio"] = jnp.exp(mismatch_BT) * each_BT
     if config.importance_cap is not None:
         mismatch_BT = _difference(old_BT, _present(rollout.sampler_logp_BT, "sampler"), mask_BT)
         # At the level of the variant's ratio: per completion in GSPO.

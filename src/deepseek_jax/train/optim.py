@@ -170,6 +170,41 @@ def ema_params(opt_state: Any) -> Params:
     return found[0].ema
 
 
+class Reference(NamedTuple):
+    """State of ``keep_reference``."""
+
+    reference: Params
+
+
+def keep_reference() -> optax.GradientTransformation:
+    """Pass updates through and hold a copy of the parameters as they were at the start.
+
+    So the reference policy lies where the parameters lie and is in every checkpoint; without a KL
+    term there is none.
+    """
+
+    def init(params: Any) -> Reference:
+        # A copy: the state is donated to the step beside the parameters.
+        return Reference(jax.tree.map(jnp.copy, params))
+
+    return optax.GradientTransformation(init, lambda updates, state, params=None: (updates, state))
+
+
+def reference_params(opt_state: Any) -> Params:
+    """The reference policy inside an optimizer state that has one."""
+    is_reference = lambda x: isinstance(x, Reference)  # noqa: E731
+    leaves = jax.tree.leaves(opt_state, is_leaf=is_reference)
+    (found,) = (x for x in leaves if is_reference(x))
+    return found.reference
+
+
+def refreshed_reference(opt_state: Any, params: Params) -> Any:
+    """The same with ``params`` as the reference from now on."""
+    is_reference = lambda x: isinstance(x, Reference)  # noqa: E731
+    new = Reference(jax.tree.map(jnp.copy, params))
+    return jax.tree.map(lambda x: new if is_reference(x) else x, opt_state, is_leaf=is_reference)
+
+
 def scale_by_adam(config: OptimConfig) -> optax.GradientTransformation:
     """Adam that computes in float32 whatever it stores its moments in (V3 section 3.3.2)."""
     adam = optax.scale_by_adam(config.b1, config.b2, config.eps)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Float, Int, PRNGKeyArray
 
 from deepseek_jax import sharding
@@ -26,7 +26,8 @@ from deepseek_jax.types import Array, Batch, Params, TrainState
 Metrics = dict[str, Any]
 BATCH_SPEC = sharding.spec("accumulate", "batch", "sequence")
 # (params, router bias, micro-batch, totals of the step, step, **frozen) -> (share of the loss,
-# parts); ``frozen`` are trees of parameters by name that the loss reads and nothing updates.
+# parts); ``frozen`` are trees of parameters by name that the loss reads and nothing updates. The
+# micro-batch is a ``Batch`` or, in reinforcement learning, a ``Rollout``.
 LossFn = Callable[..., tuple[Float[Array, ""], LossParts]]
 # (state, batch, max_loss, frozen) -> (state, metrics); ``frozen`` may be left out.
 TrainStep = Callable[..., tuple[TrainState, Metrics]]
@@ -40,8 +41,13 @@ def make_train_step(
     *,
     axes: Params | None = None,
     frozen_axes: Params | None = None,
+    totals_of: Callable[[Any], Any] | None = None,
 ) -> TrainStep:
     """``step(state, batch_ABT, max_loss, frozen={}) -> (state, metrics)``; jit it with donation.
+
+    The batch is any tree of arrays that begin with the axes A, B, T (as far as they have any), and
+    ``totals_of(batch)`` what the shares of its micro-batches are divided by: default, the
+    ``losses.Totals`` of a ``Batch``.
 
     ``axes`` are the logical axes of ``state.params`` where these are not the model's own, and
     ``frozen_axes`` those of each tree in ``frozen``.
@@ -59,14 +65,13 @@ def make_train_step(
         specs: Params,
         params: Params,
         bias_LE: jax.Array,
-        batch: Batch,
+        batch: Any,
         step: jax.Array,
         frozen: Params,
     ) -> tuple[Params, LossParts]:
-        weight = sharding.psum(batch.loss_weights_BT.sum(), "batch", "sequence")
-        totals = Totals(weight, jnp.int32(batch.loss_weights_BT.shape[0]))
+        totals = (totals_of or batch_totals)(batch)
 
-        def micro(micro_batch: Batch) -> tuple[Params, LossParts]:
+        def micro(micro_batch: Any) -> tuple[Params, LossParts]:
             loss, pullback, parts = jax.vjp(
                 lambda p: loss_fn(p, bias_LE, micro_batch, totals, step, **frozen),
                 params,
@@ -75,20 +80,20 @@ def make_train_step(
             # Every device returns the same loss; each starts from its share of the cotangent.
             return pullback(jnp.full_like(loss, 1 / sharding.replicas()))[0], parts
 
-        if batch.tokens_BT.shape[0] == 1:
-            grads, parts = micro(Batch(*(x[0] for x in batch)))
+        if len(jax.tree.leaves(batch)[0]) == 1:
+            grads, parts = micro(jax.tree.map(lambda x: x[0], batch))
             return sharding.sum_gradients(grads, specs), parts
 
         def body(total, micro_batch):
             return jax.tree.map(jnp.add, total, micro(micro_batch)), None
 
-        first = jax.eval_shape(lambda b: micro(Batch(*(x[0] for x in b))), batch)
+        first = jax.eval_shape(lambda b: micro(jax.tree.map(lambda x: x[0], b)), batch)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
         grads, parts = jax.lax.scan(body, zeros, batch)[0]
         return sharding.sum_gradients(grads, specs), parts
 
     def step(
-        state: TrainState, batch: Batch, max_loss: Any, frozen: Params | None = None
+        state: TrainState, batch: Any, max_loss: Any, frozen: Params | None = None
     ) -> tuple[TrainState, Metrics]:
         mesh, everywhere = jax.sharding.get_abstract_mesh(), sharding.spec()
         own = logical_axes(model) if axes is None else axes
@@ -96,7 +101,7 @@ def make_train_step(
         frozen_specs = sharding.param_specs(mesh, frozen_axes or {}, frozen or {})
         grads, parts = sharding.per_device(
             functools.partial(gradients, specs),
-            in_specs=(specs, everywhere, BATCH_SPEC, everywhere, frozen_specs),
+            in_specs=(specs, everywhere, batch_specs(batch), everywhere, frozen_specs),
             out_specs=(specs, everywhere),
         )(state.params, state.router_bias_LE, batch, state.step, frozen or {})
         norm = optax.tree.norm(grads)
@@ -120,6 +125,17 @@ def make_train_step(
         }
 
     return step
+
+
+def batch_specs(batch: Any) -> Any:
+    """Where each array of a batch lies: all begin with the axes A, B, T, as far as they go."""
+    return jax.tree.map(lambda x: PartitionSpec(*BATCH_SPEC[: x.ndim]), batch)
+
+
+def batch_totals(batch: Batch) -> Totals:
+    """Of the whole step. Per device: ``batch`` is its own part."""
+    weight = sharding.psum(batch.loss_weights_BT.sum(), "batch", "sequence")
+    return Totals(weight, jnp.int32(batch.loss_weights_BT.shape[0]))
 
 
 def load_violation(load_LE: Int[Array, "L E"]) -> Float[Array, "L"]:
