@@ -54,8 +54,8 @@ class Experiment:
     digits: int = 2
     seeds: tuple[int, ...] = (0,)
     ways: tuple[Way, ...] = ("accuracy", "format", "random", "imitation")
-    cold_steps: int = 1000
-    steps: int = 60
+    cold_steps: int = 500
+    steps: int = 40
     peak_lr: float = 5e-4
 
     @property
@@ -126,7 +126,13 @@ def reinforce(run: Experiment, out: Path, init: Path, way: Way, seed: int) -> No
         ),
         objective=ObjectiveConfig(kl_coef=0.0),
         loop=LoopConfig(steps=run.steps, batch_size=P * G, eval_every=10, save_every=run.steps),
-        optim=dataclasses.replace(GRPO_OPTIM, peak_lr=run.peak_lr, min_lr=run.peak_lr),
+        optim=dataclasses.replace(
+            GRPO_OPTIM,
+            constant_until=0.0,
+            peak_lr=run.peak_lr,
+            min_lr=run.peak_lr / 10,
+            final_lr=run.peak_lr / 10,
+        ),
         eval_tasks=200,
         show_every=20,
     )
@@ -158,7 +164,7 @@ def figures(run: Experiment, folder: Path, tasks: Split) -> dict[str, float]:
 def main() -> None:
     """Every seed: the cold start, then every way from it."""
     run = tyro.cli(Experiment)
-    rows = []
+    rows: list[dict[str, object]] = []
     for seed in run.seeds:
         # Tasks come in another order for another seed; which are held out does not change.
         tasks = split(open_tasks(run.tasks, seed=seed), HELD_OUT)
@@ -172,7 +178,7 @@ def main() -> None:
             if way == "imitation":
                 # As many tokens trained on; a third more for those that GRPO generated.
                 tokens = run.steps * P * G * (run.max_new_tokens + 8) * 4 // 3
-                imitate(run, out, cold, tokens // (16 * 256), seed)
+                imitate(run, out, cold, max(1, tokens // (16 * 256)), seed)
             else:
                 reinforce(run, out, cold, way, seed)
             took = {"seconds": time.perf_counter() - began}

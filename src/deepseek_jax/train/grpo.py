@@ -12,10 +12,10 @@ is part of the optimizer's.
 
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import numpy as np
@@ -33,11 +33,11 @@ from deepseek_jax.data.tasks import Split, TaskStream, open_tasks, split
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.evaluate import solve
 from deepseek_jax.generate import Engine, EngineConfig, Sampling
-from deepseek_jax.model.transformer import DeepSeekV3, logical_axes
+from deepseek_jax.model.transformer import DeepSeekV3
 from deepseek_jax.report import LossMonitor, MetricsWriter, Progress, plot_rewards, read_metrics
 from deepseek_jax.rewards import RewardSum, Term
 from deepseek_jax.rewards.verifiers import verifier
-from deepseek_jax.train.logprobs import policy_output
+from deepseek_jax.train.logprobs import make_scorer, policy_output
 from deepseek_jax.train.loop import LoopConfig, divide_batch, jit_step, stop_requests
 from deepseek_jax.train.losses import LossParts
 from deepseek_jax.train.objective import ObjectiveConfig, StepTotals, policy_loss, step_totals
@@ -70,11 +70,9 @@ from deepseek_jax.train.run import (
 )
 from deepseek_jax.train.sft import in_mtp
 from deepseek_jax.train.step import (
-    BATCH_SPEC,
     LossFn,
     Metrics,
     abstract_state,
-    batch_specs,
     make_train_step,
 )
 from deepseek_jax.types import Params, Rollout, TrainState, UserError
@@ -260,6 +258,13 @@ class _Trainer:
         self.length = -(-(self.engine_length - 1) // parts_T) * parts_T
         self.feed = divide_batch(config.loop.rows, self.length, mesh)
         self.lr = learning_rate(config.optim, config.updates)
+        self.step = make_train_step(
+            self.model,
+            self.tx,
+            make_loss(self.model, config),
+            bias_speed(config.optim, config.updates),
+            totals_of=rollout_totals,
+        )
 
     def fresh_state(self) -> TrainState:
         """The policy to begin with."""
@@ -284,46 +289,40 @@ class _Trainer:
             monitor.load(restored.extra["monitor"])
         engine = self._engine(state)
         sampler = Sampler(config.rollout, engine, self.prompter, stream, self.rewards)
-        loss_fn = make_loss(self.model, config)
-        speed = bias_speed(config.optim, config.updates)
-        step_fn = make_train_step(self.model, self.tx, loss_fn, speed, totals_of=rollout_totals)
-        train_step = jit_step(step_fn, state)
+        train_step = jit_step(self.step, state)
         log = CompletionLog(config.out / "completions.jsonl", first)
-        step = saved = first
 
         def save() -> None:
             extra = {"monitor": monitor.state()}
             data, key = stream.get_state(), jax.random.key(config.rollout.sampling.seed)
             saver.save(step, state, data_state=data, rng=key, extra=extra)
 
+        def evaluate() -> dict[str, float]:
+            figures = self.evaluate(engine, state)
+            writer.write(step, figures)
+            shown = ", ".join(f"{k.removeprefix('eval_')} {v:.3g}" for k, v in figures.items())
+            progress.print(f"step {step}, held out: {shown}")
+            return figures
+
+        step = saved = first
         with stop_requests() as stop, Progress(loop.steps, initial=first) as progress:
             progress.print(self._announcement(first))
-            before = {} if restored else self.evaluate(engine, state)
-            if before:
-                writer.write(0, before)
-                progress.print(_held_out(0, before))
+            before = {} if restored else evaluate()
             while step < loop.steps and not (stop() or distributed.stop_agreed(step)):
                 engine.update(state.params, state.router_bias_LE)
                 collected = sampler.collect(step)
-                began = time.perf_counter()
-                minibatches = self.minibatches(collected, state, step)
-                history: list[Metrics] = []
-                for minibatch in minibatches:
-                    # A ratio that explodes is clipped; a loss is no spike for being large.
-                    state, metrics = train_step(state, minibatch, np.float32(np.inf), {})
+                began, history = time.perf_counter(), []
+                for minibatch in self.minibatches(collected, state, step):
+                    # Ratios are clipped: a loss is no spike for being large.
+                    state, metrics = train_step(state, minibatch, np.float32(np.inf))
                     history.append(metrics)
-                metrics = _mean(jax.device_get(history))
-                seconds = time.perf_counter() - began
+                line = collected.metrics | self._line(jax.device_get(history), state, began)
                 step += 1
                 if self.beta and config.refresh_every and step % config.refresh_every == 0:
                     state = refresh_reference(state)
-                line = collected.metrics | metrics
-                trained = self.length * config.rollout.rows * config.epochs
-                line |= {"train_s": seconds, "train_tokens_per_s": trained / seconds}
-                line["learning_rate"] = float(self.lr(max(int(state.step) - 1, 0)))
-                skipped = bool(line.pop("skipped"))
-                writer.write(step, line | {"skipped": monitor.skipped + skipped})
                 log.write(step, collected, self.names)
+                skipped = bool(line["skipped"])
+                writer.write(step, line | {"skipped": monitor.skipped + skipped})
                 if monitor.observe(step, line["loss"], skipped=skipped):
                     progress.print(f"step {step}: an update was skipped, loss {line['loss']:.4g}")
                 rate = line["generate_tokens_per_s"]
@@ -333,9 +332,7 @@ class _Trainer:
                 if step == first + 1 and config.epochs * config.minibatches == 1:
                     progress.print(_ON_POLICY)
                 if loop.eval_every and step % loop.eval_every == 0 and step < loop.steps:
-                    figures = self.evaluate(engine, state)
-                    writer.write(step, figures)
-                    progress.print(_held_out(step, figures))
+                    evaluate()
                 if step % loop.save_every == 0:
                     save()
                     saved = step
@@ -345,10 +342,7 @@ class _Trainer:
             if step < loop.steps:
                 progress.print(f"stopped and saved at step {step}; continue with --resume.")
                 return None
-            after = self.evaluate(engine, state)
-            writer.write(step, after)
-            progress.print(_held_out(step, after))
-        return GrpoResult(state, before, after)
+            return GrpoResult(state, before, evaluate())
 
     def minibatches(self, collected: Collected, state: TrainState, step: int) -> list[Rollout]:
         """A step's optimizer updates, in order, on the mesh and with all log-probabilities.
@@ -372,7 +366,7 @@ class _Trainer:
                 rollout = rollout._replace(old_logp_BT=old)
             if self.beta:
                 # The reference is another policy: it chooses its experts itself.
-                reference, own = reference_params(state.opt_state), rollout
+                reference = reference_params(state.opt_state)
                 own = rollout._replace(experts_BTLK=None)
                 ref = self.score(reference, state.router_bias_LE, own)
                 rollout = rollout._replace(ref_logp_BT=ref)
@@ -404,6 +398,19 @@ class _Trainer:
             keep_routing=rollout.keep_routing,
         )
         return Engine(self.model, state.params, state.router_bias_LE, sizes)
+
+    def _line(self, history: list[Metrics], state: TrainState, began: float) -> dict[str, float]:
+        """What a step's updates say, on average; how many were skipped is a sum."""
+        seconds = time.perf_counter() - began
+        names = [name for name in history[0] if name != "load_LE"]
+        line = {name: float(np.mean([metrics[name] for metrics in history])) for name in names}
+        tokens = self.length * self.config.rollout.rows * self.config.epochs
+        return line | {
+            "skipped": float(np.sum([metrics["skipped"] for metrics in history])),
+            "train_s": seconds,
+            "train_tokens_per_s": tokens / seconds,
+            "learning_rate": float(self.lr(max(int(state.step) - 1, 0))),
+        }
 
     def _announcement(self, step: int) -> str:
         config = self.config
@@ -447,38 +454,6 @@ def rollout_totals(rollout: Rollout) -> StepTotals:
     return step_totals(rollout.batch.loss_weights_BT)
 
 
-def make_scorer(
-    model: DeepSeekV3, temperature: float
-) -> Callable[[Params, Any, Rollout], Float[Array, "A B T"]]:
-    """``score(params, bias, rollout_ABT)``: a policy's log-probabilities of the tokens, compiled.
-
-    A micro-batch at a time, as the training step does.
-    """
-
-    def local(params: Params, bias_LE: Array, rollout: Rollout) -> Array:
-        def micro(_: None, part: Rollout) -> tuple[None, Array]:
-            said = policy_output(
-                model,
-                params,
-                bias_LE,
-                part.batch,
-                temperature=temperature,
-                kept_BTK=part.kept_BTK,
-                experts_BTLK=part.experts_BTLK,
-            )
-            return None, said.logp_BT
-
-        return jax.lax.scan(micro, None, rollout)[1]
-
-    @jax.jit
-    def score(params: Params, bias_LE: Array, rollout: Rollout) -> Array:
-        specs = sharding.param_specs(jax.sharding.get_abstract_mesh(), logical_axes(model), params)
-        in_specs = (specs, sharding.spec(), batch_specs(rollout))
-        return sharding.per_device(local, in_specs, BATCH_SPEC)(params, bias_LE, rollout)
-
-    return score
-
-
 @functools.partial(jax.jit, donate_argnums=0)
 def refresh_reference(state: TrainState) -> TrainState:
     """The policy as it is now becomes the reference (R1 appendix B)."""
@@ -488,15 +463,3 @@ def refresh_reference(state: TrainState) -> TrainState:
 def longest_prompt(prompter: Prompter, tasks: Split) -> int:
     """In tokens, of all tasks: every row has room for it, so that nothing is compiled twice."""
     return max(len(prompter.ids(task.prompt)) for side in tasks for task in side)
-
-
-def _mean(history: Sequence[Metrics]) -> dict[str, float]:
-    """Over a step's updates; how many were skipped is a sum."""
-    values = {name: [float(m[name]) for m in history] for name in history[0] if name != "load_LE"}
-    means = {name: float(np.mean(each)) for name, each in values.items()}
-    return means | {"skipped": float(np.sum(values["skipped"]))}
-
-
-def _held_out(step: int, figures: dict[str, float]) -> str:
-    shown = ", ".join(f"{k.removeprefix('eval_')} {v:.3g}" for k, v in figures.items())
-    return f"step {step}, held out: {shown}"

@@ -1,16 +1,18 @@
 """Log-probabilities of chosen tokens under the policy, without ever holding all logits."""
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from deepseek_jax import sharding
-from deepseek_jax.model.transformer import DeepSeekV3
+from deepseek_jax.model.transformer import DeepSeekV3, logical_axes
 from deepseek_jax.train import losses
-from deepseek_jax.types import Batch, Params
+from deepseek_jax.train.step import BATCH_SPEC, batch_specs
+from deepseek_jax.types import Batch, Params, Rollout
 
 
 class PolicyOutput(NamedTuple):
@@ -56,6 +58,38 @@ def policy_output(
         losses.all_loads(model, hidden),
         hidden.balance_loss,
     )
+
+
+def make_scorer(
+    model: DeepSeekV3, temperature: float
+) -> Callable[[Params, Any, Rollout], Float[Array, "A B T"]]:
+    """``score(params, bias, rollout_ABT)``: a policy's log-probabilities of the tokens, compiled.
+
+    A micro-batch at a time, as the training step does.
+    """
+
+    def local(params: Params, bias_LE: Array, rollout: Rollout) -> Array:
+        def micro(_: None, part: Rollout) -> tuple[None, Array]:
+            said = policy_output(
+                model,
+                params,
+                bias_LE,
+                part.batch,
+                temperature=temperature,
+                kept_BTK=part.kept_BTK,
+                experts_BTLK=part.experts_BTLK,
+            )
+            return None, said.logp_BT
+
+        return jax.lax.scan(micro, None, rollout)[1]
+
+    @jax.jit
+    def score(params: Params, bias_LE: Array, rollout: Rollout) -> Array:
+        specs = sharding.param_specs(jax.sharding.get_abstract_mesh(), logical_axes(model), params)
+        in_specs = (specs, sharding.spec(), batch_specs(rollout))
+        return sharding.per_device(local, in_specs, BATCH_SPEC)(params, bias_LE, rollout)
+
+    return score
 
 
 def token_logprobs(
