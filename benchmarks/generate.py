@@ -37,6 +37,7 @@ from deepseek_jax.checkpoint import load_params
 from deepseek_jax.checkpoint.run_directory import read_run
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.generate import Engine, EngineConfig, Request, Sampling
+from deepseek_jax.types import Params
 
 
 def timed(run: Callable[[], Any], repeats: int) -> tuple[float, Any]:
@@ -49,7 +50,9 @@ def timed(run: Callable[[], Any], repeats: int) -> tuple[float, Any]:
     return statistics.median(seconds), result
 
 
-def ours(model: DeepSeekV3, weights: Any, prompts: np.ndarray, new: int, drafts: int) -> Any:
+def ours(
+    model: DeepSeekV3, weights: tuple[Params, Any], prompts: np.ndarray, new: int, drafts: int
+) -> Any:
     """A function that generates, and its engine's completions."""
     rows, length = prompts.shape
     sizes = EngineConfig(

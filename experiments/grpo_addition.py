@@ -17,7 +17,7 @@ import re
 import time
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import tyro
@@ -164,7 +164,7 @@ def figures(run: Experiment, folder: Path, tasks: Split) -> dict[str, float]:
 def main() -> None:
     """Every seed: the cold start, then every way from it."""
     run = tyro.cli(Experiment)
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     for seed in run.seeds:
         # Tasks come in another order for another seed; which are held out does not change.
         tasks = split(open_tasks(run.tasks, seed=seed), HELD_OUT)
