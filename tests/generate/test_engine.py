@@ -224,6 +224,42 @@ def test_routing_is_reported_as_it_was():
     assert np.abs(replayed - logits(other_bias, jnp.full_like(kept, -1))).max() > 1e-3
 
 
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_what_could_have_been_drawn_is_reported(drafts):
+    """Log-probabilities over the kept tokens alone are the sampler's."""
+    model, params, bias = setup()
+    sizes = EngineConfig(4, LENGTH, 2, 8, drafts=drafts, keep_top_k=9)
+    engine = Engine(model, params, bias, sizes)
+    cut = Sampling(8, temperature=1.3, top_k=7, top_p=0.8, min_p=0.02)
+    first, second = prompts(2)
+    requests = [Request(first, cut, samples=3), Request(second, Sampling(3, 1.0, top_p=1.0))]
+    found = list(engine.generate(requests))
+    assert len(found) == 4
+    counts = set()
+    for completion in found:
+        assert completion.kept_TX.shape == (len(completion.tokens), 9)
+        if completion.request == 1:
+            assert (completion.kept_TX == -1).all()
+            continue
+        logits_TV = logits_of([*first, *completion.tokens])[len(first) - 1 : -1] / 1.3
+        for logits_V, kept_X, token, log_prob in zip(
+            logits_TV,
+            completion.kept_TX,
+            completion.tokens,
+            completion.sampling_log_probs,
+            strict=True,
+        ):
+            ids = kept_X[kept_X >= 0].tolist()
+            counts.add(len(ids))
+            assert set(ids) <= set(np.argsort(-logits_V)[:7].tolist())
+            own = logits_V[token] - jax.nn.logsumexp(logits_V[ids])
+            assert log_prob == pytest.approx(own, abs=2e-5)
+    assert len(counts) > 1
+    assert max(counts) <= 7
+    with pytest.raises(UserError, match="may be one of more than the keep_top_k=9"):
+        engine.check(Request(first, Sampling(3, top_p=0.9)))
+
+
 def test_absorbed_and_expanded_attention_agree_over_several_blocks(monkeypatch):
     """The last block overlaps the one before; lengths differ; one row has seen nothing."""
     monkeypatch.setattr(attention, "KEY_BLOCK", 8)

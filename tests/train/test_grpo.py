@@ -129,8 +129,9 @@ def test_what_is_logged(whole):
 
 
 def test_equal_rewards_change_nothing(init, tmp_path):
-    """And with the sampler's experts, the trainer's probabilities are the sampler's too."""
-    out, how = tmp_path / "run", rollout(keep_routing=True)
+    """And with its experts and its cuts, the trainer's probabilities are the sampler's too."""
+    cut = Sampling(6, temperature=1.0, top_p=0.9, top_k=40)
+    out, how = tmp_path / "run", rollout(keep_routing=True, keep_sampling_mask=True, sampling=cut)
     result = grpo(config(out, init, loop=steps(1), objective=NO_KL, rollout=how), [SAME])
     before, after = leaves(init, 1), jax.device_get(result.state.params)
     for path, leaf in jax.tree_util.tree_leaves_with_path(after):
@@ -201,8 +202,8 @@ def test_bad_input_ends_in_a_sentence(short, tmp_path, changes, sentence):
     assert not (tmp_path / "run").exists()
 
 
-def test_what_the_engine_does_not_report_is_refused():
-    with pytest.raises(UserError, match="does not report yet; sample with top_p=1"):
+def test_rollouts_that_cannot_be_learnt_from_are_refused():
+    with pytest.raises(UserError, match="sample with top_k above 0 beside top_p"):
         rollout(keep_sampling_mask=True, sampling=Sampling(6, temperature=1.0, top_p=0.9))
     with pytest.raises(UserError, match="temperature=0"):
         rollout(sampling=Sampling(6, temperature=0.0))

@@ -46,7 +46,9 @@ class Parrot(Engine):
                 count = len(request.prompt) + len(tokens) - 1
                 logp = -np.arange(1, len(tokens) + 1, dtype=np.float32)
                 experts = np.arange(count)[None, :, None] + np.array([[[0]], [[100]]])
-                done.append(Completion(i, j, tokens, finish, logp, logp, experts, np.zeros(1)))
+                done.append(
+                    Completion(i, j, tokens, finish, logp, logp, experts, None, np.zeros(1))
+                )
         return reversed(done)
 
 

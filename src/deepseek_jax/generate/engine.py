@@ -81,6 +81,9 @@ class Completion(NamedTuple):
     experts_lTK: np.ndarray | None
     """With ``keep_routing``: what each MoE layer chose at every position but the last, the
     prompt's included."""
+    kept_TX: np.ndarray | None
+    """With ``keep_top_k``: the tokens that each could have been drawn from, padded with -1; all
+    -1 where nothing was cut."""
     accepted: np.ndarray
     """Rounds in which 0, 1, ..., k drafts were accepted."""
 
@@ -104,14 +107,17 @@ class EngineConfig:
     cache_dtype: Literal["compute", "fp8"] = "compute"
     keep_routing: bool = False
     """Report which experts were chosen."""
+    keep_top_k: int = 0
+    """Report which tokens could have been drawn, so many at most; 0: no report."""
 
     def __post_init__(self) -> None:
         """Refuse sizes that hold nothing."""
         for name in ("slots", "max_length", "lanes", "prefill_chunk", "rounds"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1.")
-        if self.drafts < 0:
-            raise UserError(f"drafts={self.drafts} must not be negative (0 is off).")
+        for name in ("drafts", "keep_top_k"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name}={getattr(self, name)} must not be negative (0 is off).")
 
 
 class _Sequence(NamedTuple):
@@ -196,12 +202,14 @@ class Engine:
         if config.cache_dtype == "fp8":
             dtype = jnp.float8_e4m3fn
         sizes = (config.max_length, dtype, config.drafts)
-        options = {"keep_routing": config.keep_routing}
+        routing, most = config.keep_routing, min(config.keep_top_k, c.vocab_size)
         self._state = self._empty(
-            lambda: programs.init_slots(self.model, self._rows, *sizes, **options)
+            lambda: programs.init_slots(
+                self.model, self._rows, *sizes, keep_routing=routing, keep_top_k=most
+            )
         )
         self._prompts = self._empty(
-            lambda: programs.init_lanes(self.model, self._lanes, *sizes, **options)
+            lambda: programs.init_lanes(self.model, self._lanes, *sizes, keep_routing=routing)
         )
 
     def _empty(self, make: Callable[[], Any]) -> Any:
@@ -245,6 +253,13 @@ class Engine:
             )
         if len(request.stop_tokens) > MAX_STOP_TOKENS:
             raise UserError(f"at most {MAX_STOP_TOKENS} stop tokens are supported.")
+        how, most = request.sampling, self.config.keep_top_k
+        cut = how.temperature > 0 and (how.top_p < 1 or how.min_p > 0 or how.top_k > 0)
+        if most and cut and not 0 < how.top_k <= most:
+            raise UserError(
+                f"with top_k={how.top_k} a token may be one of more than the keep_top_k={most} "
+                f"that are reported; sample with top_k between 1 and {most}."
+            )
         if request.samples < 1:
             raise UserError(f"samples={request.samples} must be at least 1.")
 
@@ -381,7 +396,7 @@ class _Run:
 
     def _finished(self, stopped_B: np.ndarray) -> Iterator[Completion]:
         """What has ended; slots that end for a reason of the host are marked to be stopped."""
-        state = _fetch(self.engine._state)
+        state, wide = _fetch(self.engine._state), None
         for slot, sequence in list(self.running.items()):
             request = self.requests[sequence.request]
             status, first = int(state.status_B[slot]), len(request.prompt)
@@ -401,9 +416,10 @@ class _Run:
             del self.running[slot]
             by_stop = keep is not None or status == programs.STOPPED
             where = slice(first, first + len(tokens))
-            experts = None
-            if state.experts_LBSK is not None:
-                experts = state.experts_LBSK[:, slot, : where.stop - 1]
+            # Some hundred numbers per token: looked at only when a sequence has ended.
+            wide = _fetch_wide(self.engine._state) if wide is None else wide
+            experts_LBSK, kept_BSX = wide
+            experts = None if experts_LBSK is None else experts_LBSK[:, slot, : where.stop - 1]
             yield Completion(
                 sequence.request,
                 sequence.sample,
@@ -412,34 +428,42 @@ class _Run:
                 state.log_prob_BS[slot, where],
                 state.sampling_log_prob_BS[slot, where],
                 experts,
+                None if kept_BSX is None else kept_BSX[slot, where],
                 state.accepted_Bj[slot],
             )
 
 
 class _Fetched(NamedTuple):
-    """What the host looks at."""
+    """What the host looks at after every round."""
 
     status_B: np.ndarray
     length_B: np.ndarray
     tokens_BS: np.ndarray
     log_prob_BS: np.ndarray
     sampling_log_prob_BS: np.ndarray
-    experts_LBSK: np.ndarray | None
     accepted_Bj: np.ndarray
 
 
 def _fetch(slots: Slots) -> _Fetched:
-    wanted: Any = (
+    wanted = (
         slots.status_B,
         slots.cache.length_B,
         slots.tokens_BS,
         slots.log_prob_BS,
         slots.sampling_log_prob_BS,
-        slots.experts_LBSK,
         slots.accepted_Bj,
     )
+    return _Fetched(*_on_host(wanted))
+
+
+def _fetch_wide(slots: Slots) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Experts ``[l, B, S, K]`` and kept tokens ``[B, S, X]``."""
+    return _on_host((slots.experts_LBSK, slots.kept_BSX))
+
+
+def _on_host(wanted: Any) -> Any:
     mesh = jax.sharding.get_mesh()
     if not mesh.empty and jax.process_count() > 1:  # rows of other hosts
         everywhere = sharding.sharding(mesh)
         wanted = jax.jit(lambda x: x, out_shardings=everywhere)(wanted)
-    return _Fetched(*jax.device_get(wanted))
+    return jax.device_get(wanted)

@@ -45,6 +45,9 @@ class Slots(NamedTuple):
     """Of each token drawn, under the model as it is."""
     sampling_log_prob_BS: Float[Array, "B S"]
     """Of each token drawn, under the distribution it was drawn from."""
+    kept_BSX: Int[Array, "B S X"] | None
+    """The tokens that could have been drawn, likeliest first, then -1; all -1 if nothing was cut
+    ("keep sampling mask", V3.2 section 3.1)."""
     status_B: Int[Array, "B"]
     limit_B: Int[Array, "B"]
     """Tokens at which a sequence ends, its prompt included."""
@@ -82,7 +85,14 @@ def init_lanes(
 
 
 def init_slots(
-    model: DeepSeekV3, rows: int, slots: int, dtype: Any, drafts: int, *, keep_routing: bool
+    model: DeepSeekV3,
+    rows: int,
+    slots: int,
+    dtype: Any,
+    drafts: int,
+    *,
+    keep_routing: bool,
+    keep_top_k: int,
 ) -> Slots:
     """Idle slots of ``slots`` tokens."""
     lanes = init_lanes(model, rows, slots, dtype, drafts, keep_routing=keep_routing)
@@ -91,6 +101,7 @@ def init_slots(
         *lanes,
         log_prob_BS=jnp.zeros((rows, slots)),
         sampling_log_prob_BS=jnp.zeros((rows, slots)),
+        kept_BSX=jnp.full((rows, slots, keep_top_k), -1, jnp.int32) if keep_top_k else None,
         status_B=zeros,
         limit_B=zeros,
         stop_BX=jnp.full((rows, MAX_STOP_TOKENS), -1, jnp.int32),
@@ -178,7 +189,7 @@ def _last_window(window_BWD: jax.Array, h_BTD: jax.Array, count_B: jax.Array) ->
     return jnp.take_along_axis(both, at_BW[..., None], axis=1)
 
 
-def _put(old_BS: jax.Array, new_BT: jax.Array, at_BT: jax.Array) -> jax.Array:
+def _put(old_BS: jax.Array, new_BT: Any, at_BT: jax.Array) -> jax.Array:
     """Entries of each row; those past its end are dropped."""
     return old_BS.at[jnp.arange(len(old_BS))[:, None], at_BT].set(new_BT, mode="drop")
 
@@ -243,7 +254,8 @@ def start(
                 return jax.tree.unflatten(jax.tree.structure(old), moved)
 
             controls = jax.tree.map(lambda x: x[i][None], starts.controls)
-            drawn = _drawn(row(logits_BV, 0), controls, row(lanes.cache.length_B, 0))
+            keep = _keep_top_k(slots)
+            drawn = _drawn(row(logits_BV, 0), controls, row(lanes.cache.length_B, 0), keep)
             slots = slots._replace(
                 cache=move(slots.cache, lanes.cache),
                 mtp=move(slots.mtp, lanes.mtp),
@@ -277,6 +289,7 @@ class _Drawn(NamedTuple):
     tokens_BT: jax.Array
     log_prob_BT: jax.Array
     sampling_log_prob_BT: jax.Array
+    kept_BTX: jax.Array | None
     finite_B: jax.Array
 
 
@@ -284,21 +297,40 @@ def _logits(model: DeepSeekV3, params: Params, h_BTD: jax.Array) -> jax.Array:
     return cast(jax.Array, model.apply({"params": params}, h_BTD, method="logits"))
 
 
-def _drawn(logits_BV: jax.Array, controls: Controls, position_B: jax.Array) -> _Drawn:
+def _keep_top_k(slots: Slots) -> int:
+    return 0 if slots.kept_BSX is None else slots.kept_BSX.shape[2]
+
+
+def _drawn(
+    logits_BV: jax.Array, controls: Controls, position_B: jax.Array, keep_top_k: int
+) -> _Drawn:
     """One token per row."""
     sampling_BV = log_probs(logits_BV, controls)
     token_B = draw(sampling_BV, controls, position_B, SAMPLE)
-    return _described(token_B[:, None], logits_BV[:, None], sampling_BV[:, None])
+    one = (token_B[:, None], logits_BV[:, None], sampling_BV[:, None])
+    return _described(*one, controls, keep_top_k)
 
 
-def _described(tokens_BT: jax.Array, logits_BTV: jax.Array, sampling_BTV: jax.Array) -> _Drawn:
+def _described(
+    tokens_BT: jax.Array,
+    logits_BTV: jax.Array,
+    sampling_BTV: jax.Array,
+    controls: Controls,
+    keep_top_k: int,
+) -> _Drawn:
     def of_tokens(log_probs_BTV: jax.Array) -> jax.Array:
         return jnp.take_along_axis(log_probs_BTV, tokens_BT[..., None], axis=-1)[..., 0]
 
+    kept_BTX = None
+    if keep_top_k:
+        likeliest_BTX, kept_BTX = jax.lax.top_k(sampling_BTV, keep_top_k)
+        cut_B11 = (controls.top_k_B > 0)[:, None, None]
+        kept_BTX = jnp.where(cut_B11 & (likeliest_BTX > -jnp.inf), kept_BTX, -1)
     return _Drawn(
         tokens_BT,
         of_tokens(jax.nn.log_softmax(logits_BTV.astype(jnp.float32), axis=-1)),
         of_tokens(sampling_BTV),
+        kept_BTX,
         ~jnp.isnan(logits_BTV.max((1, 2))) & (logits_BTV.max((1, 2)) < jnp.inf),
     )
 
@@ -325,10 +357,12 @@ def _emit(
     now_B = jnp.where(stopped_B, STOPPED, now_B)
     now_B = jnp.where(finite_B, now_B, NOT_FINITE)
     touched_B = running_B if began is None else running_B & (began == 1)
+    kept_BSX = slots.kept_BSX
     return slots._replace(
         tokens_BS=_put(slots.tokens_BS, tokens_BT, at_BT),
         log_prob_BS=_put(slots.log_prob_BS, drawn.log_prob_BT, at_BT),
         sampling_log_prob_BS=_put(slots.sampling_log_prob_BS, drawn.sampling_log_prob_BT, at_BT),
+        kept_BSX=None if kept_BSX is None else _put(kept_BSX, drawn.kept_BTX, at_BT),
         status_B=jnp.where(touched_B, now_B, slots.status_B),
         cache=slots.cache._replace(length_B=slots.cache.length_B + count_B),
     )
@@ -376,7 +410,7 @@ def _one_token(model: DeepSeekV3, params: Params, bias_LE: jax.Array, slots: Slo
     length_B = slots.cache.length_B
     h_B1D, slots = _extend(model, params, bias_LE, slots, _tokens_at(slots, length_B[:, None]))
     logits_BV = _logits(model, params, h_B1D)[:, 0]
-    drawn = _drawn(logits_BV, slots.controls, length_B + 1)
+    drawn = _drawn(logits_BV, slots.controls, length_B + 1, _keep_top_k(slots))
     return _emit(slots, drawn, jnp.ones_like(length_B))
 
 
@@ -401,7 +435,7 @@ def _drafted_tokens(model: DeepSeekV3, params: Params, bias_LE: jax.Array, slots
     place_B1 = accepted_B[:, None]
     padded_Bj = jnp.pad(drafts_Bk, ((0, 0), (0, 1)))
     tokens_Bj = jnp.where(jnp.arange(j) == place_B1, next_B[:, None], padded_Bj)
-    drawn = _described(tokens_Bj, logits_BjV, sampling_BjV)
+    drawn = _described(tokens_Bj, logits_BjV, sampling_BjV, controls, _keep_top_k(slots))
     running_B = slots.status_B == RUNNING
     after = _emit(slots, drawn, accepted_B + 1)
     one_hot_Bj = jax.nn.one_hot(accepted_B, j, dtype=jnp.int32) * running_B[:, None]

@@ -396,6 +396,7 @@ class _Trainer:
             lanes=min(rollout.slots, max(8, rollout.slots // rollout.group_size)),
             prefill_chunk=min(256, self.longest),
             keep_routing=rollout.keep_routing,
+            keep_top_k=rollout.sampling.top_k if rollout.keep_sampling_mask else 0,
         )
         return Engine(self.model, state.params, state.router_bias_LE, sizes)
 

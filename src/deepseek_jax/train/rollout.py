@@ -88,14 +88,15 @@ class RolloutConfig:
     keep_routing: bool = False
     """Repeat the sampler's choices of experts in training (V3.2 section 3.1)."""
     keep_sampling_mask: bool = False
-    """Train on the distribution that top-p and top-k left to the sampler (V3.2 section 3.1)."""
+    """Train on the distribution that top-k, top-p and min-p left to the sampler (V3.2 section
+    3.1)."""
     slots: int = 64
     """Completions generated at a time."""
 
     def __post_init__(self) -> None:
         """Refuse groups that teach nothing, and what the engine does not report."""
         how = self.sampling
-        cut = how.top_p < 1 or how.top_k > 0 or how.min_p > 0
+        cut = how.top_p < 1 or how.min_p > 0
         checks = [
             (self.prompts < 1, f"prompts={self.prompts} must be at least 1."),
             (
@@ -109,10 +110,9 @@ class RolloutConfig:
                 "temperature=0 makes all completions of a prompt the same; choose one above 0.",
             ),
             (
-                self.keep_sampling_mask and cut,
-                "keep_sampling_mask needs the tokens that top_p, top_k and min_p left to the "
-                "sampler, which the engine does not report yet; sample with top_p=1, top_k=0 and "
-                "min_p=0, where nothing is cut and the mask is empty.",
+                self.keep_sampling_mask and cut and not how.top_k,
+                "keep_sampling_mask repeats for each token which ones the sampler could have "
+                "drawn, top_k at most; sample with top_k above 0 beside top_p or min_p.",
             ),
         ]
         for failed, message in checks:
@@ -288,6 +288,8 @@ def to_rows(collected: Collected, config: RolloutConfig, scale: Scale, length: i
     if config.keep_routing:
         assert first is not None
         experts = np.full((N, length, first.shape[0], first.shape[2]), -1, np.int32)
+    first = groups[0].completions[0].kept_TX
+    kept = None if first is None else np.full((N, length, first.shape[1]), -1, np.int32)
     pairs = [(group, done) for group in groups for done in group.completions]
     for row, (group, done) in enumerate(pairs):
         ids = [*group.prompt, *done.tokens]
@@ -295,6 +297,9 @@ def to_rows(collected: Collected, config: RolloutConfig, scale: Scale, length: i
         ids_NS[row, : len(ids)] = ids
         positions[row, :used], segments[row, :used] = np.arange(used), 1
         sampler[row, own] = done.sampling_log_probs
+        if kept is not None:
+            assert done.kept_TX is not None
+            kept[row, own] = done.kept_TX
         masked = config.truncated == "mask" and done.finish == "length"
         # A group that only fills the place of a better one does not count in means over rows.
         weights[row, own] = not masked and (group.spread or not config.refills)
@@ -303,7 +308,9 @@ def to_rows(collected: Collected, config: RolloutConfig, scale: Scale, length: i
             experts[row, :used] = np.moveaxis(done.experts_lTK, 0, 1)
     batch = Batch(ids_NS[:, :-1], ids_NS[:, 1:], weights, positions, segments)
     advantages_N = np.asarray(advantages_PG, np.float32).reshape(-1)
-    return Rollout(batch, advantages_N, sampler_logp_BT=sampler, experts_BTLK=experts)
+    return Rollout(
+        batch, advantages_N, sampler_logp_BT=sampler, kept_BTK=kept, experts_BTLK=experts
+    )
 
 
 class CompletionLog:
