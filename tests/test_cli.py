@@ -291,6 +291,15 @@ def test_ctrl_c_before_training_is_one_sentence(folder, capsys, monkeypatch):
 # --- compiled programs ------------------------------------------------------------------------
 
 
+@pytest.fixture
+def no_cache():
+    """As for a user: the tests' own cache, which conftest.py chose, is forgotten for a while."""
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
 def cache_seen(words: list[str], monkeypatch) -> Path | None:
     """Where compiled programs are kept while the command runs."""
     seen = []
@@ -304,6 +313,7 @@ def cache_seen(words: list[str], monkeypatch) -> Path | None:
     return Path(seen[0]) if seen[0] else None
 
 
+@pytest.mark.usefixtures("no_cache")
 def test_compiled_programs_are_kept_in_the_users_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     folder = cache_seen([], monkeypatch)
@@ -312,12 +322,14 @@ def test_compiled_programs_are_kept_in_the_users_cache(monkeypatch, tmp_path):
     assert folder.parent == tmp_path / "deepseek_jax"
 
 
+@pytest.mark.usefixtures("no_cache")
 def test_compiled_programs_are_kept_where_asked_or_not_at_all(monkeypatch, tmp_path):
     chosen = tmp_path / "chosen"
     assert cache_seen(["--compilation-cache", str(chosen)], monkeypatch) == chosen
     assert cache_seen(["--compilation-cache", "None"], monkeypatch) is None
 
 
+@pytest.mark.usefixtures("no_cache")
 def test_a_cache_that_cannot_be_is_refused_if_it_was_asked_for(
     monkeypatch, tmp_path, folder, capsys
 ):
@@ -328,14 +340,12 @@ def test_a_cache_that_cannot_be_is_refused_if_it_was_asked_for(
     assert cache_seen([], monkeypatch) is None
 
 
+@pytest.mark.usefixtures("no_cache")
 def test_a_cache_chosen_through_jax_stays(monkeypatch, tmp_path):
     monkeypatch.setattr(cli, "pretrain", lambda _: None)
     jax.config.update("jax_compilation_cache_dir", str(tmp_path))
-    try:
-        main(["pretrain"])
-        assert jax.config.jax_compilation_cache_dir == str(tmp_path)
-    finally:
-        jax.config.update("jax_compilation_cache_dir", None)
+    main(["pretrain"])
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path)
 
 
 def test_help_fits_on_three_screens():

@@ -134,6 +134,7 @@ def losses(out: Path, since: int = 0) -> np.ndarray:
 # --- training together ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_killed_then_stopped_then_resumed_by_two_and_by_one(place, uninterrupted):
     """The life of a run on a cluster, each of its ends a different one."""
     out = place.root / "interrupted"

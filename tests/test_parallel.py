@@ -103,7 +103,7 @@ def check(config, mesh_text, parallel=ExpertParallel(), **kwargs):  # noqa: B008
 @pytest.mark.parametrize(
     ("mesh", "parallel"),
     [
-        ("expert=8", RAGGED),
+        pytest.param("expert=8", RAGGED, marks=pytest.mark.slow),
         ("fsdp=2,expert=2,tensor=2", RING),
         ("expert=2,context=2,tensor=2", RAGGED),
     ],
@@ -145,7 +145,8 @@ def test_eight_devices_train_as_one_on_every_mesh(mesh, config, parallel):
     check(config, mesh, parallel)
 
 
-@pytest.mark.parametrize("remat", ["full", pytest.param("selective", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["full", "selective"])
 def test_with_accumulation_and_rematerialisation(remat):
     check(V3, "data=2,fsdp=2,context=2", pieces=2, remat=remat)
 

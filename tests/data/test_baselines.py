@@ -37,7 +37,7 @@ def test_bigram_learns_a_markov_chain():
 
 
 def test_baselines_on_a_corpus(text_dir, tokenizer):
-    config = DataConfig(source=(str(text_dir),), seq_len=32, held_out_fraction=0.2)
+    config = DataConfig((str(text_dir),), seq_len=32, held_out_fraction=0.2, mix_tokens=0)
     documents = load_corpus(config).held_out
     data = "".join(documents[i] for i in range(len(documents))).encode()
     result = measure_baselines(config, tokenizer)

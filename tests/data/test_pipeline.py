@@ -27,7 +27,8 @@ from deepseek_jax.types import Batch, UserError
 
 @pytest.fixture
 def config(text_dir):
-    return DataConfig(source=(str(text_dir),), seq_len=32, held_out_fraction=0.2, fim_rate=0.3)
+    source = (str(text_dir),)
+    return DataConfig(source, seq_len=32, held_out_fraction=0.2, fim_rate=0.3, mix_tokens=1_000)
 
 
 def take(iterator, count):
@@ -148,7 +149,9 @@ from deepseek_jax.data.pipeline import DataConfig, train_batches
 from deepseek_jax.data.tokenizer import Tokenizer
 
 source, tokenizer, state = sys.argv[1:]
-config = DataConfig(source=(source,), seq_len=32, held_out_fraction=0.2, fim_rate=0.3)
+config = DataConfig(
+    (source,), seq_len=32, held_out_fraction=0.2, fim_rate=0.3, mix_tokens=1_000
+)
 iterator = train_batches(config, Tokenizer.load(tokenizer), 2)
 iterator.set_state(json.loads(state))
 digest = hashlib.sha256()

@@ -182,8 +182,15 @@ def test_an_interrupted_stream_leaves_the_engine_usable():
     assert {c.request: c.tokens for c in engine.generate(requests)} == whole
 
 
-@pytest.mark.parametrize("mesh", ["data=2,expert=4", "expert=2,tensor=2,fsdp=2"])
-@pytest.mark.parametrize("drafts", [0, 2])
+@pytest.mark.parametrize(
+    ("drafts", "mesh"),
+    [
+        (2, "expert=2,tensor=2,fsdp=2"),
+        pytest.param(0, "expert=2,tensor=2,fsdp=2", marks=pytest.mark.slow),
+        pytest.param(0, "data=2,expert=4", marks=pytest.mark.slow),
+        pytest.param(2, "data=2,expert=4", marks=pytest.mark.slow),
+    ],
+)
 def test_eight_devices_generate_what_one_does(mesh, drafts):
     model, params, bias = setup()
     config = EngineConfig(5, LENGTH, lanes=3, prefill_chunk=8, rounds=3, drafts=drafts)

@@ -30,7 +30,9 @@ def apply(model, params, *args, **options):
     [MICRO, MICRO.replace(q_lora_rank=None, rope_scaling=Yarn(original_max_position_embeddings=8))],
     ids=["v3", "direct_queries_yarn"],
 )
-@pytest.mark.parametrize("pieces", [[12], [1] * 12, [5, 1, 4, 2]])
+@pytest.mark.parametrize(
+    "pieces", [[12], pytest.param([1] * 12, marks=pytest.mark.slow), [5, 1, 4, 2]]
+)
 def test_absorbed_decoding_over_the_latent_cache_equals_the_expanded_forward(config, pieces):
     model, params, bias = make(config)
     full = apply(model, params, TOKENS, bias).logits_BTV
@@ -95,7 +97,7 @@ def gradients(model, params, bias):
     return quick_jit(jax.grad(loss))(params)
 
 
-@pytest.mark.parametrize("remat", ["full", "selective"])
+@pytest.mark.parametrize("remat", ["full", pytest.param("selective", marks=pytest.mark.slow)])
 def test_recomputation_changes_no_gradient(remat):
     model, params, bias = make()
     kept = gradients(model, params, bias)

@@ -67,7 +67,7 @@ def write_config(path: Path, model: ModelConfig = MODEL, **changes: Any) -> Path
 
 def config(out: Path, source: Path, *, loop: LoopConfig, **changes: Any) -> PretrainConfig:
     """For ``pretrain``: the run that ``options`` is the command line of."""
-    data = DataConfig(source=(str(source),), seq_len=32, held_out_fraction=0.1)
+    data = DataConfig((str(source),), seq_len=32, held_out_fraction=0.1, mix_tokens=2_000)
     base = {"model": MODEL, "precision": FLOAT32, "data": data, "sample_tokens": 4}
     return PretrainConfig(out=out, loop=loop, **(base | changes))
 
@@ -76,7 +76,7 @@ def options(out: Path, source: Path, model: Path) -> list[str]:
     """The command line of ``config``, for 24 steps of 8 sequences."""
     words = f"--out {out} --source {source} --model {model} --compute float32 --sample-tokens 4"
     loop = "--steps 24 --batch-size 8 --save-every 4 --eval-every 10"
-    return f"{words} --seq-len 32 --held-out-fraction 0.1 {loop}".split()
+    return f"{words} --seq-len 32 --held-out-fraction 0.1 --mix-tokens 2000 {loop}".split()
 
 
 def start(*words: str, cache: Path | None = None, stage: str = "pretrain") -> subprocess.Popen[str]:

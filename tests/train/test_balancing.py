@@ -3,6 +3,7 @@
 from benchmarks.balancing import stdlib_batches, violations
 
 
+@pytest.mark.slow
 def test_bias_balances_a_skewed_router_and_its_absence_does_not():
     mended = violations(stdlib_batches(), bias_speed=0.01, steps=260)
     left = violations(stdlib_batches(), bias_speed=0.0, steps=100)

@@ -65,6 +65,7 @@ def losses(precision, mesh_text, steps):
     return np.array(history)
 
 
+@pytest.mark.slow
 def test_fp8_learns_as_float32_does():
     """The paper's bound is 0.25% after a long run; the last tenth of this short one is noisier."""
     expected, got = losses(PLAIN, "data=1", 40), losses(FP8, "data=1", 40)

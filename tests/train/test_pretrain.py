@@ -210,6 +210,7 @@ def test_the_ramp_counts_its_tokens(uninterrupted_accumulating):
 # --- meshes -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_eight_devices_learn_what_one_does(place, tmp_path, uninterrupted):
     config = runs.config(tmp_path, place.source, loop=LoopConfig(**LOOP))
     result = pretrain(dataclasses.replace(config, mesh="data=8"))

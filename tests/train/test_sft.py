@@ -94,6 +94,7 @@ def uninterrupted(place) -> Path:
 # --- interruptions ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_kill_9_and_resume_ends_bit_identical(place, tmp_path, uninterrupted):
     process = place.start(tmp_path)
     runs.wait_for_step(process, tmp_path, 6)

@@ -88,7 +88,7 @@ def test_the_step_learns_and_reports():
     assert first["skipped"] == 0
 
 
-@pytest.mark.parametrize("pieces", [2, 4])
+@pytest.mark.parametrize("pieces", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_accumulation_equals_one_large_batch(pieces):
     whole, history = run()
     split, split_history = run(pieces=pieces)
@@ -97,6 +97,7 @@ def test_accumulation_equals_one_large_batch(pieces):
     assert_same([h["loss"] for h in history], [h["loss"] for h in split_history])
 
 
+@pytest.mark.slow
 def test_optimizer_moments_live_where_their_parameters_do():
     state, _ = run("fsdp=8", steps=1)
     moments = [x for x in jax.tree.leaves(state.opt_state) if x.ndim]
