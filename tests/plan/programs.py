@@ -102,7 +102,8 @@ condition=%outer_cond, body=%outer_body
   %pair.2 = (s32[], s32[]) tuple(%c0, %c0)
   %while.wrapped = (s32[], s32[]) while(%pair.2), condition=%wrapped_cond, body=%wrapped_body
   %pair.3 = (s32[], s32[]) tuple(%c0, %n.0)
-  %while.data = (s32[], s32[]) while(%pair.3), condition=%data_cond, body=%data_body
+  %while.data = (s32[], s32[]) while(%pair.3), condition=%data_cond, body=%data_body, \
+metadata={op_name="jit(f)/some_scope/while"}
   %first = f32[4,16]{1,0} dot(%x.0, %w.0), lhs_contracting_dims={1}, rhs_contracting_dims={0}
   ROOT %out = f32[] call(%first), to_apply=%shared
 }

@@ -43,7 +43,8 @@ def test_a_loop_whose_trips_depend_on_data_is_named_and_counted_as_asked():
     program = hlo.parse(LOOPS)
     assert program.open_loops == ("while.data",)
     assert program.executions["data_body"] == 0
-    assert hlo.parse(LOOPS, open_trips=3).executions["data_body"] == 3
+    assert hlo.parse(LOOPS, {"other": 3}).executions["data_body"] == 0
+    assert hlo.parse(LOOPS, {"some_scope": 3}).executions["data_body"] == 3
 
 
 def test_applied_scalar_computations_are_not_calls():

@@ -171,6 +171,31 @@ def test_hbm_traffic_takes_slices_of_stacked_parameters_and_not_the_stack(fusion
     assert work.count(program).flops == 2 * 32 * 64 * 64  # inside the fusion
 
 
+_SCATTER = """
+%scatter_fusion (p.0: f32[58,32,64], p.1: s32[4,2], p.2: f32[4,64]) -> f32[58,32,64] {
+  %p.0 = f32[58,32,64]{2,1,0} parameter(0)
+  %p.1 = s32[4,2]{1,0} parameter(1)
+  %p.2 = f32[4,64]{1,0} parameter(2)
+  ROOT %u = f32[58,32,64]{2,1,0} scatter(%p.0, %p.1, %p.2), to_apply=%set
+}
+"""
+
+
+@pytest.mark.parametrize(
+    "scatter", ["scatter(%c, %i, %x), to_apply=%set", "fusion(%c, %i, %x), calls=%scatter_fusion"]
+)
+def test_hbm_traffic_takes_the_rows_that_are_scattered_and_not_the_cache(scatter):
+    program = _program(
+        "  %c = f32[58,32,64]{2,1,0} parameter(0)\n"
+        "  %i = s32[4,2]{1,0} parameter(1)\n"
+        "  %x = f32[4,64]{1,0} parameter(2)\n"
+        f"  ROOT %s = f32[58,32,64]{{2,1,0}} {scatter}",
+        _SCATTER,
+    )
+    indices, rows = 4 * 2 * 4, 4 * 64 * 4
+    assert work.count(program).hbm_bytes == indices + 2 * rows
+
+
 def test_what_lies_in_vmem_is_no_hbm_traffic():
     program = _program(
         "  %a = f32[64,64]{1,0} parameter(0)\n"

@@ -118,11 +118,12 @@ def test_fp8_export_opens_in_transformers(tmp_path):
 
 @pytest.mark.slow
 def test_greedy_text_of_a_trained_model_is_the_same(tmp_path):
-    """The demo's model after a few steps: our ``generate`` and transformers', token by token."""
+    """The demo's model after a few steps: our ``complete`` and transformers', token by token."""
     from deepseek_jax.checkpoint import load_params
     from deepseek_jax.convert import convert_to_hf
     from deepseek_jax.data.pipeline import DataConfig
-    from deepseek_jax.generate import generate
+    from deepseek_jax.data.tokenizer import Tokenizer
+    from deepseek_jax.generate import Sampling, complete
     from deepseek_jax.train.loop import LoopConfig
     from deepseek_jax.train.optim import OptimConfig
     from deepseek_jax.train.pretrain import PretrainConfig, pretrain
@@ -143,18 +144,15 @@ def test_greedy_text_of_a_trained_model_is_the_same(tmp_path):
     with torch.no_grad():
         theirs = model.generate(prompt, do_sample=False, max_new_tokens=60, eos_token_id=None)
     params, bias, _ = load_params(tmp_path / "run")
-    ours = generate(
+    (ours,) = complete(
         DeepSeekV3(preset("tiny"), FLOAT32),
         params,
         bias,
-        jnp.asarray(prompt.numpy(), jnp.int32),
-        jax.random.key(0),
-        max_new_tokens=60,
-        temperature=0.0,
+        Tokenizer.load(tmp_path / "run"),
+        [prompt[0].tolist()],
+        Sampling(60, temperature=0.0),
     )
-    ours_text = tokenizer.decode(np.asarray(ours[0]))
-    assert ours_text == tokenizer.decode(theirs[0, prompt.shape[1] :])
-    print(ours_text)
+    assert ours == tokenizer.decode(theirs[0, prompt.shape[1] :], skip_special_tokens=True)
 
 
 def test_fp8_means_what_it_means_to_transformers():

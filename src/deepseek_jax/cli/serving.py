@@ -78,7 +78,7 @@ class Opened(NamedTuple):
                 f"max_position_embeddings={most}; shorten it."
             )
         length = min(wanted, most)
-        return Engine(
+        engine = Engine(
             self.model,
             self.params,
             self.router_bias_LE,
@@ -91,6 +91,13 @@ class Opened(NamedTuple):
                 cache_dtype="fp8" if config.fp8_cache else "compute",
             ),
         )
+        each = engine.cache_bytes_per_token
+        Console(stderr=True).print(
+            f"{config.slots} slots of {length:,} tokens; latent cache {each:,} bytes a token",
+            style="dim",
+            highlight=False,
+        )
+        return engine
 
 
 @contextlib.contextmanager

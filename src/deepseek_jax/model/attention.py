@@ -26,6 +26,7 @@ from pallas_kernels.reference import TILE
 QUERY_CHUNK = 512
 # Over a cache they exist for this many slots at a time.
 KEY_BLOCK = 512
+CACHE_BLOCKS = "cache_blocks"  # the scope of the loop over them
 # Of slots that are not seen. Finite: a row may see none, and must not become NaN.
 LEAST = -1e30
 
@@ -204,7 +205,8 @@ def _over_cache(
     sums = one_block(0)
     if block < S:
         filled = jnp.minimum(last_BT.max() + 1, S)
-        sums = jax.lax.fori_loop(1, -(-filled // block), add_block, sums)
+        with jax.named_scope(CACHE_BLOCKS):
+            sums = jax.lax.fori_loop(1, -(-filled // block), add_block, sums)
     _, total, out = sums
     return jnp.moveaxis(out / total[..., None], 1, 2).astype(dtype)
 

@@ -116,6 +116,7 @@ def plan_one(
         tokens=tokens,
         model_flops=flops,
         routed=_routed(config, mesh),
+        open_trips=step.open_trips,
     )
 
 

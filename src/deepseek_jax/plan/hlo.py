@@ -7,6 +7,8 @@ the call graph is followed from the entry, and what a loop's body does counts on
 import functools
 import math
 import re
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "f16": 2, "token": 0, "opaque": 0}
@@ -97,16 +99,16 @@ class Program(NamedTuple):
     """Loops that are reached and whose trip count depends on data."""
 
 
-def parse(text: str, open_trips: int = 0) -> Program:
+def parse(text: str, open_trips: Mapping[str, int] = MappingProxyType({})) -> Program:
     """Read ``compiled.as_text()``.
 
     Branches of a conditional count once each, an upper bound.
 
     Args:
         text: a module, as XLA prints it.
-        open_trips: how often the body of a loop counts whose trips depend on data. In the steps
-            compiled here these are the further rounds of dispatch that only skewed routing needs,
-            hence 0.
+        open_trips: how often the body of a loop counts whose trips depend on data, by a name in
+            its scope (``jax.named_scope``). Others count as not entered: they are the further
+            rounds of dispatch that only skewed routing needs.
     """
     computations, entry = _computations(text)
     calls, open_loops = [], []
@@ -216,7 +218,7 @@ def _calls(
     computations: dict[str, Computation],
     caller: Computation,
     instruction: Instruction,
-    open_trips: int,
+    open_trips: Mapping[str, int],
 ) -> tuple[list[Call], bool]:
     """The computations that an instruction executes, and whether it is known how often."""
     if instruction.opcode in _GONE or "=" not in instruction.attributes:
@@ -230,13 +232,17 @@ def _calls(
         if instruction.opcode == "while":
             counted = _trips(computations, caller, instruction)
             known = counted is not None
-            trips = open_trips if counted is None else counted
+            trips = _assumed(instruction, open_trips) if counted is None else counted
         calls += [
             Call(caller.name, callee, instruction, trips)
             for callee in names
             if callee in computations
         ]
     return calls, known
+
+
+def _assumed(loop: Instruction, open_trips: Mapping[str, int]) -> int:
+    return next((n for scope, n in open_trips.items() if scope in loop.attributes), 0)
 
 
 def _callers_first(entry: str, outgoing: dict[str, list[Call]]) -> list[str]:

@@ -1,7 +1,7 @@
 """What a plan found, as numbers: one flat record that the table, the picture and JSON share."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -51,7 +51,8 @@ class Plan:
     rows: float
     """Rows that a device sends at expectation in one exchange of a MoE layer."""
     open_loops: tuple[str, ...]
-    """Loops whose trips depend on the routing, counted as not entered."""
+    """Loops whose trips depend on data: rounds of dispatch that only skewed routing needs, counted
+    as not entered, and the blocks of a cache, counted as full."""
     roofline: Roofline | None
 
     @property
@@ -124,6 +125,7 @@ def analyse(
     tokens: int,
     model_flops: float,
     routed: Routed,
+    open_trips: Mapping[str, int],
 ) -> Plan:
     """Read a compiled step."""
     hbm = topology.chip.hbm / topology.chip.devices
@@ -149,7 +151,7 @@ def analyse(
         return Plan(
             **common, flops=0.0, hbm_bytes=0.0, collectives=(), open_loops=(), roofline=None
         )
-    program = hlo.parse(compiled.text)
+    program = hlo.parse(compiled.text, open_trips)
     done = work.count(program, routed.pairs)
     flops = done.flops + done.ragged_flops
     sent = tuple(collectives(program, mesh.shape))

@@ -163,6 +163,8 @@ def _moved(program: Program, instruction: Instruction, computation: Computation)
         return 2.0 * writes
     if opcode == "dynamic-update-slice":
         return 2.0 * reads[1]
+    if opcode == "scatter":
+        return reads[1] + 2.0 * sum(reads[2:])
     if opcode.endswith("-start"):  # its result repeats the operand
         return 2.0 * sum(reads)
     if opcode == "fusion" and (inner := _inner(program, instruction)) is not None:
@@ -203,7 +205,7 @@ def _read_inside(program: Program, inner: Computation, index: int) -> float:
                 waiting.append(user.name)
             elif user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == name:
                 total += user.bytes
-            elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
+            elif user.opcode in ("dynamic-update-slice", "scatter") and user.operands[0] == name:
                 continue  # written in place
             elif user.opcode == "fusion" and (nested := _inner(program, user)) is not None:
                 at = [i for i, operand in enumerate(user.operands) if operand == name]
@@ -224,8 +226,10 @@ def _written_inside(inner: Computation, whole: float) -> float:
             result = inner.instructions.get(result.operands[0])
         if result is None:
             return whole
-        if result.opcode == "dynamic-update-slice":
-            update = inner.instructions.get(result.operands[1])
+        if result.opcode in ("dynamic-update-slice", "scatter"):
+            # The updates come second; of a scatter third, after the indices.
+            place = 1 if result.opcode == "dynamic-update-slice" else 2
+            update = inner.instructions.get(result.operands[place])
             total += update.bytes if update is not None else result.bytes
         else:
             total += result.bytes
