@@ -2,6 +2,8 @@
 
 import json
 import socket
+import threading
+from collections.abc import Iterator
 
 import pytest
 
@@ -23,11 +25,16 @@ class Store:
 
 
 @pytest.fixture
-def ended(monkeypatch) -> list[int]:
+def ended(monkeypatch) -> Iterator[list[int]]:
     """Statuses with which a process would have ended."""
     statuses: list[int] = []
     monkeypatch.setattr(lifeline, "exit_now", statuses.append)
-    return statuses
+    before = set(threading.enumerate())
+    yield statuses
+    # One that is still on its way to ``exit_now`` would end pytest, without a word.
+    for thread in set(threading.enumerate()) - before:
+        thread.join(30)
+        assert not thread.is_alive()
 
 
 def test_all_arrive_say_goodbye_and_nobody_is_missed(ended, capsys):
@@ -85,6 +92,7 @@ def test_only_the_first_reason_counts(ended, capsys):
     told: list[int] = []
     two.give_up(2, "the input is bad.", lambda: told.append(2))
     one.give_up(130, "interrupted.", lambda: told.append(1))
+    first.close()
     assert told == [2]
     said = capsys.readouterr().err
     assert "process 2 of 3 (" in said
