@@ -2,6 +2,7 @@
 
 import functools
 import logging
+from typing import Any
 
 import jax
 
@@ -33,21 +34,22 @@ def say_once(operation: str, impl: str) -> None:
     _log.info("%s runs as %r on %s", operation, impl, jax.devices()[0].device_kind)
 
 
-def varying_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """The same arrays, all varying over the mesh axes of `shard_map` that any of them varies over.
+def varying_alike(*arrays: Any) -> tuple[Any, ...]:
+    """The same arrays, or trees of them, all varying over the axes that any of them varies over.
 
-    With ``check_vma``, loops and `custom_vjp` want this said; the gradient of what was the same on
-    all devices is then summed over them, by the transpose of `pcast`.
+    Of `shard_map`'s, that is. With ``check_vma``, loops and `custom_vjp` want this said; the
+    gradient of what was the same on all devices is then summed over them, by the transpose of
+    `pcast`.
     """
 
     def axes(array):
         kind = getattr(jax.typeof(array), "manual_axis_type", None)
         return kind.varying if kind is not None else frozenset()
 
-    union = frozenset().union(*map(axes, arrays))
+    union = frozenset().union(*map(axes, jax.tree.leaves(arrays)))
 
     def vary(array):
         missing = tuple(sorted(union - axes(array)))
         return jax.lax.pcast(array, missing, to="varying") if missing else array
 
-    return tuple(map(vary, arrays))
+    return jax.tree.map(vary, arrays)

@@ -11,6 +11,8 @@ dgrad      dy, along N                   w, the same blocks            dtype of 
 wgrad      x transposed, along M         dy transposed, 1x128 along M  dtype of w (FP32)
 =========  ============================  ============================  ====================
 
+A weight may come quantized, as a checkpoint in FP8 has it: it is taken as it is, without gradient.
+
 What is kept for the backward pass is in FP8: x, quantized along M in the same pass over it as along
 K (the paper keeps the tiles along K and requantizes those; quantizing twice from BF16 rounds once),
 and the quantized weight. They carry the names ``fp8_input`` and ``fp8_weight`` for
@@ -25,7 +27,7 @@ router, norms and the core of attention (section 3.3.1).
 """
 
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -36,24 +38,27 @@ from pallas_kernels import backend
 from pallas_kernels.grouped_matmul import fp8_grouped_matmul, fp8_grouped_wgrad
 from pallas_kernels.matmul import fp8_matmul
 from pallas_kernels.quantize import (
+    BothWays,
     quantize_blocks_both,
+    quantize_tiles,
     quantize_tiles_both,
     ragged_tiles,
     swiglu_quantize_tiles,
+    transpose_blocks,
 )
-from pallas_kernels.reference import swiglu
+from pallas_kernels.reference import Quantized, swiglu
 
 Impl = Literal["auto", "hopper", "tpu", "reference"]
 
 
 def fp8_linear(
-    x_MK: Float[Array, "M K"], w_KN: Float[Array, "K N"], *, impl: Impl = "auto"
+    x_MK: Float[Array, "M K"], w_KN: Float[Array, "K N"] | Quantized, *, impl: Impl = "auto"
 ) -> Float[Array, "M N"]:
     """``x @ w`` with the forward product and both gradients in FP8.
 
     Args:
         x_MK: activations.
-        w_KN: the weight, usually the FP32 master copy.
+        w_KN: the weight, usually the FP32 master copy; or ``[K, N]`` values with block scales.
         impl: of the products, as in `fp8_matmul`; ``reference`` also for quantization, which
             otherwise takes its kernel where one fits.
 
@@ -65,7 +70,7 @@ def fp8_linear(
 
 def fp8_grouped_linear(
     x_MK: Float[Array, "M K"],
-    w_GKN: Float[Array, "G K N"],
+    w_GKN: Float[Array, "G K N"] | Quantized,
     group_sizes_G: Int[Array, "G"],
     *,
     impl: Impl = "auto",
@@ -75,7 +80,7 @@ def fp8_grouped_linear(
     Args:
         x_MK: rows in group order; those past the last group are padding, of zero result and
             gradient, which affects nothing.
-        w_GKN: one matrix per group.
+        w_GKN: one matrix per group; or values with block scales.
         group_sizes_G: rows of each group, 0 allowed; the sum may be less than M.
         impl: of the products; ``hopper`` needs bfloat16 activations, and, like ``tpu``, K and N
             that are multiples of 128. ``reference`` does G times the work.
@@ -89,7 +94,7 @@ def fp8_grouped_linear(
 def fp8_swiglu_linear(
     gate_MK: Float[Array, "M K"],
     up_MK: Float[Array, "M K"],
-    w_KN: Float[Array, "K N"],
+    w_KN: Float[Array, "K N"] | Quantized,
     *,
     impl: Impl = "auto",
 ) -> Float[Array, "M N"]:
@@ -100,7 +105,7 @@ def fp8_swiglu_linear(
 def fp8_grouped_swiglu_linear(
     gate_MK: Float[Array, "M K"],
     up_MK: Float[Array, "M K"],
-    w_GKN: Float[Array, "G K N"],
+    w_GKN: Float[Array, "G K N"] | Quantized,
     group_sizes_G: Int[Array, "G"],
     *,
     impl: Impl = "auto",
@@ -113,17 +118,35 @@ def _quantizer(impl: Impl) -> Literal["auto", "reference"]:
     return "reference" if impl == "reference" else "auto"
 
 
+def _quantized_weight(w: jax.Array | Quantized, impl: Impl) -> tuple[Quantized, Quantized]:
+    """A weight and its transpose; what is quantized already stays as it is."""
+    if isinstance(w, Quantized):
+        return w, transpose_blocks(w)
+    return quantize_blocks_both(w, impl=_quantizer(impl))
+
+
+def _quantized_input(x_MK, w: jax.Array | Quantized, tiles, impl: Impl) -> Any:
+    """Both ways, for the two products that x takes part in; one where w has no gradient."""
+    if isinstance(w, Quantized):
+        return BothWays(quantize_tiles(x_MK, impl=_quantizer(impl)), None)
+    return quantize_tiles_both(x_MK, tiles, impl=_quantizer(impl))
+
+
+def _empty(x: jax.Array | Quantized) -> jax.Array | None:
+    """Of no size, in the dtype that the gradient must have; None: there is none."""
+    return None if isinstance(x, Quantized) else x[(slice(0),) * x.ndim]
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _linear(x_MK: jax.Array, w_KN: jax.Array, impl: Impl) -> jax.Array:
+def _linear(x_MK: jax.Array, w_KN: jax.Array | Quantized, impl: Impl) -> jax.Array:
     return _linear_fwd(x_MK, w_KN, impl)[0]
 
 
 def _linear_fwd(x_MK, w_KN, impl):
-    x = quantize_tiles_both(x_MK, impl=_quantizer(impl))
-    w, w_transposed = quantize_blocks_both(w_KN, impl=_quantizer(impl))
+    x = _quantized_input(x_MK, w_KN, None, impl)
+    w, w_transposed = _quantized_weight(w_KN, impl)
     y_MN = fp8_matmul(x.by_row, w_transposed, out_dtype=x_MK.dtype, impl=impl)
-    # Empty arrays carry the dtypes that the gradients must have.
-    dtypes = x_MK[:0, :0], w_KN[:0, :0]
+    dtypes = _empty(x_MK), _empty(w_KN)
     return y_MN, (_named(x.by_column, "fp8_input"), _named(w, "fp8_weight"), dtypes)
 
 
@@ -131,6 +154,8 @@ def _linear_bwd(impl, residuals, dy_MN):
     x_transposed, w, (like_x, like_w) = residuals
     dy = quantize_tiles_both(dy_MN, impl=_quantizer(impl))
     dx_MK = fp8_matmul(dy.by_row, w, out_dtype=like_x.dtype, impl=impl)
+    if like_w is None:
+        return dx_MK, None
     dw_KN = fp8_matmul(x_transposed, dy.by_column, out_dtype=like_w.dtype, impl=impl)
     return dx_MK, dw_KN
 
@@ -139,16 +164,16 @@ _linear.defvjp(_linear_fwd, _linear_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _grouped(x_MK: jax.Array, w_GKN: jax.Array, sizes_G: jax.Array, impl: Impl):
+def _grouped(x_MK: jax.Array, w_GKN: jax.Array | Quantized, sizes_G: jax.Array, impl: Impl):
     return _grouped_fwd(x_MK, w_GKN, sizes_G, impl)[0]
 
 
 def _grouped_fwd(x_MK, w_GKN, sizes_G, impl):
     tiles = ragged_tiles(sizes_G, x_MK.shape[0])
-    x = quantize_tiles_both(x_MK, tiles, impl=_quantizer(impl))
-    w, w_transposed = quantize_blocks_both(w_GKN, impl=_quantizer(impl))
+    x = _quantized_input(x_MK, w_GKN, tiles, impl)
+    w, w_transposed = _quantized_weight(w_GKN, impl)
     y_MN = fp8_grouped_matmul(x.by_row, w_transposed, sizes_G, out_dtype=x_MK.dtype, impl=impl)
-    dtypes = x_MK[:0, :0], w_GKN[:0, :0, :0]
+    dtypes = _empty(x_MK), _empty(w_GKN)
     kept = _named(x.by_column, "fp8_input"), _named(w, "fp8_weight")
     return y_MN, (*kept, sizes_G, dtypes)
 
@@ -158,6 +183,8 @@ def _grouped_bwd(impl, residuals, dy_MN):
     tiles = ragged_tiles(sizes_G, dy_MN.shape[0])
     dy = quantize_tiles_both(dy_MN, tiles, impl=_quantizer(impl))
     dx_MK = fp8_grouped_matmul(dy.by_row, w, sizes_G, out_dtype=like_x.dtype, impl=impl)
+    if like_w is None:
+        return dx_MK, None, None
     dw_GKN = fp8_grouped_wgrad(x_transposed, dy.by_column, tiles, out_dtype=like_w.dtype, impl=impl)
     return dx_MK, dw_GKN, None
 
@@ -166,23 +193,25 @@ _grouped.defvjp(_grouped_fwd, _grouped_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _swiglu_linear(gate_MK: jax.Array, up_MK: jax.Array, w_KN: jax.Array, impl: Impl):
+def _swiglu_linear(gate_MK: jax.Array, up_MK: jax.Array, w_KN: jax.Array | Quantized, impl: Impl):
     return _swiglu_linear_fwd(gate_MK, up_MK, w_KN, impl)[0]
 
 
 def _swiglu_linear_fwd(gate_MK, up_MK, w_KN, impl):
     h = swiglu_quantize_tiles(gate_MK, up_MK, impl=_quantizer(impl))
-    w, w_transposed = quantize_blocks_both(w_KN, impl=_quantizer(impl))
+    w, w_transposed = _quantized_weight(w_KN, impl)
     y_MN = fp8_matmul(h, w_transposed, out_dtype=gate_MK.dtype, impl=impl)
-    return y_MN, (gate_MK, up_MK, _named(w, "fp8_weight"), w_KN[:0, :0])
+    return y_MN, (gate_MK, up_MK, _named(w, "fp8_weight"), _empty(w_KN))
 
 
 def _swiglu_linear_bwd(impl, residuals, dy_MN):
     gate_MK, up_MK, w, like_w = residuals
-    h = swiglu_quantize_tiles(gate_MK, up_MK, axis=0, impl=_quantizer(impl))
     dy = quantize_tiles_both(dy_MN, impl=_quantizer(impl))
     dh_MK = fp8_matmul(dy.by_row, w, out_dtype=gate_MK.dtype, impl=impl)
-    dw_KN = fp8_matmul(h, dy.by_column, out_dtype=like_w.dtype, impl=impl)
+    dw_KN = None
+    if like_w is not None:
+        h = swiglu_quantize_tiles(gate_MK, up_MK, axis=0, impl=_quantizer(impl))
+        dw_KN = fp8_matmul(h, dy.by_column, out_dtype=like_w.dtype, impl=impl)
     return *jax.vjp(swiglu, gate_MK, up_MK)[1](dh_MK), dw_KN
 
 
@@ -191,7 +220,11 @@ _swiglu_linear.defvjp(_swiglu_linear_fwd, _swiglu_linear_bwd)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _swiglu_grouped(
-    gate_MK: jax.Array, up_MK: jax.Array, w_GKN: jax.Array, sizes_G: jax.Array, impl: Impl
+    gate_MK: jax.Array,
+    up_MK: jax.Array,
+    w_GKN: jax.Array | Quantized,
+    sizes_G: jax.Array,
+    impl: Impl,
 ):
     return _swiglu_grouped_fwd(gate_MK, up_MK, w_GKN, sizes_G, impl)[0]
 
@@ -200,19 +233,22 @@ def _swiglu_grouped_fwd(gate_MK, up_MK, w_GKN, sizes_G, impl):
     tiles = ragged_tiles(sizes_G, gate_MK.shape[0])
     quantizer = _quantizer(impl)
     h = swiglu_quantize_tiles(gate_MK, up_MK, tiles, impl=quantizer)
-    w, w_transposed = quantize_blocks_both(w_GKN, impl=quantizer)
+    w, w_transposed = _quantized_weight(w_GKN, impl)
     y_MN = fp8_grouped_matmul(h, w_transposed, sizes_G, out_dtype=gate_MK.dtype, impl=impl)
-    return y_MN, (gate_MK, up_MK, _named(w, "fp8_weight"), sizes_G, w_GKN[:0, :0, :0])
+    return y_MN, (gate_MK, up_MK, _named(w, "fp8_weight"), sizes_G, _empty(w_GKN))
 
 
 def _swiglu_grouped_bwd(impl, residuals, dy_MN):
     gate_MK, up_MK, w, sizes_G, like_w = residuals
     tiles = ragged_tiles(sizes_G, dy_MN.shape[0])
     quantizer = _quantizer(impl)
-    h = swiglu_quantize_tiles(gate_MK, up_MK, tiles, axis=0, impl=quantizer)
     dy = quantize_tiles_both(dy_MN, tiles, impl=quantizer)
     dh_MK = fp8_grouped_matmul(dy.by_row, w, sizes_G, out_dtype=gate_MK.dtype, impl=impl)
-    dw_GKN = fp8_grouped_wgrad(h, dy.by_column, tiles, out_dtype=like_w.dtype, impl=impl)
+    dw_GKN = None
+    if like_w is not None:
+        h = swiglu_quantize_tiles(gate_MK, up_MK, tiles, axis=0, impl=quantizer)
+        columns = {"out_dtype": like_w.dtype, "impl": impl}
+        dw_GKN = fp8_grouped_wgrad(h, dy.by_column, tiles, **columns)
     # Where a row is padding, its gradient is zero whatever gate and up hold there.
     own_M1 = (jnp.arange(len(dy_MN)) < jnp.sum(sizes_G))[:, None]
     gate_MK, up_MK = (jnp.where(own_M1, x, 0) for x in (gate_MK, up_MK))

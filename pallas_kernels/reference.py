@@ -39,6 +39,11 @@ class Quantized(NamedTuple):
     values: Float[Array, "*G R K"]
     scale: Float[Array, "..."]
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the matrix."""
+        return self.values.shape
+
 
 class RaggedTiles(NamedTuple):
     """Tiles of 128 rows, none with rows of two groups, in the order of the groups.

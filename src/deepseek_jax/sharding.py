@@ -56,6 +56,11 @@ STORED: dict[str, tuple[str, ...]] = {
 
 LOGICAL_AXES = {*COMPUTE, *STORED, "layers", "head_dim", "norm", "accumulate"}
 
+# What may lie beside a matrix "w" in a tree of parameters: the halves "w_lora_a" and "w_lora_b" of
+# LoRA, whose product is added where the matrix is used, and, where it is in FP8, the scales of its
+# 128x128 blocks, "w_scale".
+LORA_A, LORA_B, SCALE = "_lora_a", "_lora_b", "_scale"
+
 
 # --- meshes ----------------------------------------------------------------------------------
 
@@ -131,6 +136,51 @@ def _arrange(shape: list[int], devices: list[Any]) -> np.ndarray:
     )
 
 
+# --- what lies beside a matrix ---------------------------------------------------------------
+
+
+def matrix_axes(names: tuple[str | None, ...]) -> tuple[int, int]:
+    """How many of a parameter's axes stack matrices (layers, experts), and where outputs begin.
+
+    Inputs come before outputs, one axis but for ``wo``, which contracts heads and their width.
+    """
+    lead = sum(name in ("layers", "expert") for name in names)
+    return lead, lead + (2 if names[lead] == "heads" else 1)
+
+
+def beside(names: tuple[str | None, ...], end: str) -> tuple[str | None, ...]:
+    """The logical axes of what lies beside a matrix, by the end of its name.
+
+    Halves of an adapter are divided as their matrix is. Blocks are not: its parts need not be
+    whole blocks, and scales are a 4,096th of its bytes.
+    """
+    lead, split = matrix_axes(names)
+    if end == LORA_A:
+        return (*names[:split], None)
+    outputs = names[split:] if end == LORA_B else (None,)
+    return (*names[:lead], None, *outputs)
+
+
+def axes_of(logical_axes: Any, params: Any) -> Any:
+    """The logical axes of every leaf: the model's own, and of what lies beside them.
+
+    Raises:
+        UserError: for a leaf that is neither.
+    """
+    if not isinstance(params, dict):
+        return logical_axes
+
+    def named(name: str, value: Any) -> Any:
+        if name in logical_axes:
+            return axes_of(logical_axes[name], value)
+        for end in (LORA_A, LORA_B, SCALE):
+            if name.endswith(end) and name.removesuffix(end) in logical_axes:
+                return beside(logical_axes[name.removesuffix(end)], end)
+        raise UserError(f"the model has no parameter {name!r}; do the weights belong to it?")
+
+    return {name: named(name, value) for name, value in params.items()}
+
+
 # --- placement -------------------------------------------------------------------------------
 
 
@@ -193,7 +243,8 @@ def param_specs(
 ) -> Any:
     """``param_spec`` for trees: of logical-axis tuples, and of arrays or their shapes.
 
-    Without a mesh (an empty one) every parameter is whole.
+    What lies beside a matrix (``axes_of``) needs no axes of its own in the first tree. Without a
+    mesh (an empty one) every parameter is whole.
 
     Raises:
         UserError: if an axis of the mesh does not divide the dimension it must divide.
@@ -213,7 +264,7 @@ def param_specs(
         return param_spec(mesh, names, array.shape, stored=stored)
 
     return jax.tree_util.tree_map_with_path(
-        leaf, logical_axes, shapes, is_leaf=lambda x: isinstance(x, tuple)
+        leaf, axes_of(logical_axes, shapes), shapes, is_leaf=lambda x: isinstance(x, tuple)
     )
 
 

@@ -17,6 +17,7 @@ from deepseek_jax.data.tasks import open_tasks
 from deepseek_jax.evaluate import solve
 from deepseek_jax.report import summary_table
 from deepseek_jax.rewards.verifiers import Verifier, verifier
+from deepseek_jax.sharding import param_shardings
 from deepseek_jax.train.loop import divide_batch
 from deepseek_jax.train.run import all_of, make_evaluate
 from deepseek_jax.types import TrainState, UserError
@@ -109,7 +110,7 @@ def _on_text(config: EvalConfig, ready: Opened) -> dict[str, float]:
 
     trainee = all_of(ready.model, ready.mesh)
     measure = make_evaluate(batches, trainee, divide_batch(rows, seq_len, ready.mesh))
-    where = jax.tree.map(lambda x: x.sharding, trainee.abstract)
+    where = param_shardings(ready.mesh, trainee.axes, ready.params)
     params = jax.device_put(ready.params, where)
     found = measure(TrainState(jnp.int32(0), params, (), ready.router_bias_LE), None)
     return {name.removeprefix("eval_"): value for name, value in found.scalars().items()}

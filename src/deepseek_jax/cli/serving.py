@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -17,10 +17,11 @@ from deepseek_jax.checkpoint import load_params
 from deepseek_jax.checkpoint.files import local_path
 from deepseek_jax.checkpoint.run_directory import read_run
 from deepseek_jax.config import Dtype, ModelConfig, Precision
-from deepseek_jax.convert import load_hf
+from deepseek_jax.convert import fp8_params, load_hf
 from deepseek_jax.data.chat import ChatTemplate
 from deepseek_jax.data.tokenizer import END_THINK, THINK, Tokenizer
 from deepseek_jax.generate import Engine, EngineConfig, Sampling
+from deepseek_jax.model.layers import fp8_kernels
 from deepseek_jax.model.transformer import DeepSeekV3, sharded_params
 from deepseek_jax.sharding import make_mesh, sharding
 from deepseek_jax.types import Params, UserError
@@ -36,6 +37,9 @@ class ServingConfig:
     """Instead: a Hugging Face folder of the family, as it is."""
     compute: Dtype = "bfloat16"
     """Number format of matmuls and of the weights; float32 is faster on CPUs."""
+    weights: Literal["compute", "fp8"] = "compute"
+    """fp8: keep the weights of a checkpoint in FP8 as they are, at a byte each, and multiply in
+    FP8 where there are kernels for it; compute: multiply them out when they are loaded."""
     mesh: str = "data=-1"
     """Devices that slots, weights and experts are divided over, as in data=2,expert=4."""
     sampling: Sampling = field(default_factory=Sampling)
@@ -108,15 +112,20 @@ def opened(config: ServingConfig) -> Iterator[Opened]:
         UserError: the folder is not there, not complete, or of another family.
     """
     devices = make_mesh(config.mesh)
-    precision = Precision(params=config.compute, compute=config.compute)
+    fp8 = config.weights == "fp8"
+    matmuls: Any = "fp8" if fp8 and fp8_kernels() else "compute"
+    precision = Precision(config.compute, config.compute, matmuls)
     folder = config.hf or config.run
     assert folder is not None
     if config.hf is not None:
-        model_config, params, bias = load_hf(folder, dtype=config.compute, mesh=devices)
+        dtype = "fp8" if fp8 else config.compute
+        model_config, params, bias = load_hf(folder, dtype=dtype, mesh=devices, stored=False)
     else:
         model_config = ModelConfig.from_hf(read_run(local_path(folder))["model"])
         model = DeepSeekV3(model_config, precision)
-        params, bias, _ = load_params(folder, sharded_params(model, devices, stored=False))
+        abstract = sharded_params(model, devices, stored=False)
+        abstract = fp8_params(model_config, abstract) if fp8 else abstract
+        params, bias, _ = load_params(folder, abstract)
         bias = jax.device_put(bias, sharding(devices))
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     with jax.set_mesh(devices):

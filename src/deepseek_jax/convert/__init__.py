@@ -16,7 +16,7 @@
 
 from deepseek_jax.convert.check import CheckReport, check_hf
 from deepseek_jax.convert.from_orbax import convert_to_hf
-from deepseek_jax.convert.load import load_hf
+from deepseek_jax.convert.load import fp8_params, load_hf
 from deepseek_jax.convert.memory import hf_from_params, params_from_hf
 from deepseek_jax.convert.to_hf import export_hf
 from deepseek_jax.convert.to_orbax import convert_to_orbax
@@ -27,6 +27,7 @@ __all__ = [
     "convert_to_hf",
     "convert_to_orbax",
     "export_hf",
+    "fp8_params",
     "hf_from_params",
     "load_hf",
     "params_from_hf",

@@ -24,7 +24,7 @@ from deepseek_jax.convert.fp8 import E4M3
 from deepseek_jax.convert.load import open_folder
 from deepseek_jax.convert.memory import insert, leaves, lookup, scale_path
 from deepseek_jax.convert.to_hf import SHARD_SIZE, ExportDtype, Options, export
-from deepseek_jax.model.layers import LORA_A, LORA_B
+from deepseek_jax.sharding import LORA_A, LORA_B
 from deepseek_jax.types import Params, UserError
 
 _OCDBT = "manifest.ocdbt"  # there if Orbax has written the checkpoint
@@ -119,7 +119,9 @@ def _open_run(run: Path, model: Path, config: ModelConfig) -> tuple[Params, str]
     scale = lora["lora_alpha"] / lora["lora_rank"]
     for path in adapted_paths(_stored_names(model)):
         a, b = (opened((*path[:-1], path[-1] + end)) for end in (LORA_A, LORA_B))
-        insert(tree, path, Merged(lookup(tree, path), a, b, scale))
+        matrix = lookup(tree, path)
+        blocks = lookup(tree, scale_path(path)) if matrix.dtype == E4M3 else None
+        insert(tree, path, Merged(matrix, a, b, scale, blocks))
     return tree, f"{source} {_fingerprint(model)}"
 
 

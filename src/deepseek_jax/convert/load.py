@@ -25,7 +25,11 @@ _THREADS = 8
 
 
 def load_hf(
-    path: str | os.PathLike[str], *, dtype: LoadDtype = None, mesh: Mesh | None = None
+    path: str | os.PathLike[str],
+    *,
+    dtype: LoadDtype = None,
+    mesh: Mesh | None = None,
+    stored: bool = True,
 ) -> tuple[ModelConfig, Params, Array]:
     """Load a checkpoint in Hugging Face's layout, without converting it first.
 
@@ -37,17 +41,24 @@ def load_hf(
             transposed: the heads of ``wq_b``, say, are one axis).
         mesh: where to put them, by the rules of ``sharding.py``; each process reads only the
             parts of its own devices. None: all on the first device.
+        stored: False places them for serving, as in ``sharded_params``.
 
     Returns:
         ``(config, params, router_bias_LE)``; the bias is float32, zero where there is none.
 
     Raises:
-        UserError: if the folder is incomplete, damaged, or of another architecture.
+        UserError: if the folder is incomplete, damaged, or of another architecture; or has no FP8
+            weights to keep.
     """
     folder = open_checked(path)
     config = folder.config
+    if dtype == "fp8" and not any(folder.is_fp8(name) for name in folder.tensors):
+        raise UserError(
+            f"{path} holds no FP8 weights to keep; load it in bfloat16, or make a folder in FP8 of "
+            "it with `convert` twice, to a run directory and back with --dtype fp8."
+        )
     tree: Params = {}
-    places = _placement(config, mesh)
+    places = _placement(config, mesh, stored)
     with ThreadPoolExecutor(_THREADS) as pool:
         for leaf in leaves(config):
             place = lookup(places, leaf.path)
@@ -55,8 +66,8 @@ def load_hf(
             insert(tree, leaf.path, _place(leaf.shape, place, parts.get))
             if parts.dtype == E4M3:
                 scales = stacked_scales(folder, leaf)
-                at = _place(scales.shape, _replicated(place), scales.__getitem__)
-                insert(tree, scale_path(leaf.path), at)
+                at = _of_blocks(place, scales.ndim - 2)
+                insert(tree, scale_path(leaf.path), _place(scales.shape, at, scales.__getitem__))
     if "router_bias" not in tree:
         no_bias = np.zeros((config.num_routers, config.n_routed_experts), np.float32)
         sharding = places["router_bias"]
@@ -65,11 +76,13 @@ def load_hf(
 
 
 def open_folder(folder: HFFolder) -> Params:
-    """Every array of a checkpoint, FP8 multiplied out, to be sliced when it is wanted."""
+    """Every array of a checkpoint, FP8 as float32, to be sliced when it is wanted."""
     pool = ThreadPoolExecutor(_THREADS)
     tree: Params = {}
     for leaf in leaves(folder.config):
-        insert(tree, leaf.path, _Parts(folder, leaf, stored_dtype(folder, leaf, None), pool))
+        kept = stored_dtype(folder, leaf, "fp8")
+        dtype = np.dtype(np.float32) if kept == E4M3 else kept
+        insert(tree, leaf.path, _Parts(folder, leaf, dtype, pool))
     return tree
 
 
@@ -165,7 +178,25 @@ def _region(
     return found[0], found[1], tuple(rest[letter] for letter in layout.ours)
 
 
-def _placement(config: ModelConfig, mesh: Mesh | None) -> Params:
+def fp8_params(config: ModelConfig, params: Params) -> Params:
+    """Abstract parameters with their linear layers in FP8, scales beside them.
+
+    What a run directory in FP8 is read into.
+    """
+    tree = jax.tree.map(lambda x: x, params)
+    for leaf in leaves(config):
+        if not leaf.parts[0].row.fp8:
+            continue
+        x, (rows, cols) = lookup(params, leaf.path[1:]), leaf.parts[0].shape
+        lead = len(leaf.parts[0].lead)
+        shape, at = (*x.shape[:lead], blocks(cols), blocks(rows)), _of_blocks(x.sharding, lead)
+        insert(tree, leaf.path[1:], jax.ShapeDtypeStruct(x.shape, E4M3, sharding=x.sharding))
+        scale = jax.ShapeDtypeStruct(shape, np.float32, sharding=at)
+        insert(tree, scale_path(leaf.path[1:]), scale)
+    return tree
+
+
+def _placement(config: ModelConfig, mesh: Mesh | None, stored: bool) -> Params:
     model = DeepSeekV3(config)
     axes = logical_axes(model)
     if mesh is None:
@@ -173,14 +204,14 @@ def _placement(config: ModelConfig, mesh: Mesh | None) -> Params:
         one = jax.tree.map(lambda _: device, axes, is_leaf=lambda x: isinstance(x, tuple))
         return {"params": one, "router_bias": device}
     everywhere = NamedSharding(mesh, PartitionSpec())
-    where = param_shardings(mesh, axes, abstract_params(model))
+    where = param_shardings(mesh, axes, abstract_params(model), stored=stored)
     return {"params": where, "router_bias": everywhere}
 
 
-def _replicated(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
-    # Scales are a 16,384th of the weights, and their axes need not divide as the weights' do.
+def _of_blocks(sharding: jax.sharding.Sharding, lead: int) -> jax.sharding.Sharding:
+    """Where scales lie beside a matrix, as ``sharding.beside`` has it: divided as stacks are."""
     if isinstance(sharding, NamedSharding):
-        return NamedSharding(sharding.mesh, PartitionSpec())
+        return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:lead]))
     return sharding
 
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.convert.table import Entry, axis_sizes, entries, parse, to_hf, to_ours
+from deepseek_jax.sharding import SCALE
 from deepseek_jax.types import Array, Params
 
 
@@ -33,7 +34,7 @@ def leaves(config: ModelConfig) -> Iterator[Leaf]:
 
 def scale_path(path: tuple[str, ...]) -> tuple[str, ...]:
     """Where the scales of an array kept in FP8 are: beside it, as ``<name>_scale``."""
-    return (*path[:-1], path[-1] + "_scale")
+    return (*path[:-1], path[-1] + SCALE)
 
 
 def insert(tree: Params, path: tuple[str, ...], value: object) -> None:

@@ -10,14 +10,14 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from deepseek_jax import sharding
 from deepseek_jax.generate import slots as programs
 from deepseek_jax.generate.sampling import Controls
 from deepseek_jax.generate.slots import MAX_STOP_TOKENS, Slots, Starts
-from deepseek_jax.model.transformer import DeepSeekV3, abstract_params, logical_axes
+from deepseek_jax.model.transformer import DeepSeekV3, logical_axes
+from deepseek_jax.sharding import LORA_A, LORA_B, SCALE
 from deepseek_jax.types import Params, UserError
 
 Finish = Literal["stop", "length"]
@@ -129,28 +129,50 @@ class _Sequence(NamedTuple):
 def serving_params(model: DeepSeekV3, params: Params) -> Params:
     """Parameters as serving wants them: in the compute dtype, placed for compute.
 
-    Router gates and norms, which are computed in float32 whatever the precision, stay as they are.
+    Router gates and norms, which are computed in float32 whatever the precision, stay as they are,
+    and so do matrices in FP8, their scales and adapters: a layer makes of them what it needs.
     """
     # A Linen module can be hashed; its stub does not say so.
-    return _serving(model, jax.sharding.get_mesh())(params)  # pyrefly: ignore
+    axes, mesh = _axes(model), jax.sharding.get_mesh()  # pyrefly: ignore
+    leaves, tree = jax.tree.flatten_with_path(params)
+    own = jax.tree.leaves(sharding.axes_of(axes, params), is_leaf=lambda x: isinstance(x, tuple))
+    dtypes = [
+        x.dtype if _stays(path[-1].key, x.dtype, names) else model.precision.compute_dtype
+        for (path, x), names in zip(leaves, own, strict=True)
+    ]
+    if mesh.empty:
+        cast = [x.astype(dtype) for (_, x), dtype in zip(leaves, dtypes, strict=True)]
+        return jax.tree.unflatten(tree, cast)
+    where = jax.tree.leaves(sharding.param_shardings(mesh, axes, params, stored=False))
+    # What is in FP8 is never trained, so its buffers can be shared with whoever holds them.
+    moved = [
+        i
+        for i, (_, x) in enumerate(leaves)
+        if x.dtype != jnp.float8_e4m3fn or not x.sharding.is_equivalent_to(where[i], x.ndim)
+    ]
+    place = _placed(tuple(dtypes[i] for i in moved), tuple(where[i] for i in moved))
+    found = dict(zip(moved, place([leaves[i][1] for i in moved]), strict=True))
+    return jax.tree.unflatten(tree, [found.get(i, x) for i, (_, x) in enumerate(leaves)])
+
+
+_axes = functools.lru_cache(maxsize=8)(logical_axes)
+
+
+def _stays(name: str, dtype: Any, names: tuple[str | None, ...]) -> bool:
+    beside = name.endswith((SCALE, LORA_A, LORA_B))
+    return names[-1] == "norm" or name == "gate" or dtype == jnp.float8_e4m3fn or beside
 
 
 @functools.lru_cache(maxsize=8)
-def _serving(model: DeepSeekV3, mesh: Mesh) -> Callable[[Params], Params]:
+def _placed(
+    dtypes: tuple[Any, ...], where: tuple[jax.sharding.Sharding, ...]
+) -> Callable[[list[jax.Array]], list[jax.Array]]:
     """Compiled once: a policy in training is placed anew for every rollout."""
-    axes, dtype = logical_axes(model), model.precision.compute_dtype
 
-    def cast(path: Any, x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
-        keeps = names[-1] == "norm" or path[-1].key == "gate"
-        return x if keeps else x.astype(dtype)
+    def cast(leaves: list[jax.Array]) -> list[jax.Array]:
+        return [x.astype(dtype) for x, dtype in zip(leaves, dtypes, strict=True)]
 
-    def all_cast(params: Params) -> Params:
-        return jax.tree_util.tree_map_with_path(cast, params, axes)
-
-    if mesh.empty:
-        return all_cast
-    where = sharding.param_shardings(mesh, axes, abstract_params(model), stored=False)
-    return jax.jit(all_cast, out_shardings=where)
+    return jax.jit(cast, out_shardings=list(where))
 
 
 class Engine:

@@ -16,11 +16,11 @@ from jaxtyping import Array, Float, Int
 
 from deepseek_jax import sharding
 from deepseek_jax.config import LATENT_NORM_EPS
-from deepseek_jax.model.layers import ParamModule, dot, linear, rms_norm
+from deepseek_jax.model.layers import ParamModule, dequantized, dot, linear, rms_norm
 from deepseek_jax.model.rope import apply_rope
 from deepseek_jax.types import KVCache
 from pallas_kernels.quantize import quantize_tiles
-from pallas_kernels.reference import TILE
+from pallas_kernels.reference import TILE, Quantized
 
 # Scores exist for this many query positions at a time: [B, N, 512, S] and not [B, N, T, S].
 QUERY_CHUNK = 512
@@ -272,9 +272,12 @@ class MLA(ParamModule):
                         lambda c_kv: linear(c_kv, wkv_b_RNX, precision),
                     )
                 else:
-                    q_nope = dot("btnc,rnc->btnr", q_BTNH[..., :C], wkv_b_RNX[..., :C], precision)
+                    unfold = wkv_b_RNX
+                    if isinstance(unfold, Quantized):
+                        unfold = dequantized(unfold, 1, precision.compute_dtype)
+                    q_nope = dot("btnc,rnc->btnr", q_BTNH[..., :C], unfold[..., :C], precision)
                     out = attend_absorbed(q_nope, q_pe_BTNP, cache, layer, c.softmax_scale)
-                    out = dot("btnr,rno->btno", out, wkv_b_RNX[..., C:], precision)
+                    out = dot("btnr,rno->btno", out, unfold[..., C:], precision)
             out = checkpoint_name(out, "mla_heads")
             out = linear(out, wo_NOD, precision, contracted=2)  # Eq. 11
             return sharding.psum(out, "heads"), cache

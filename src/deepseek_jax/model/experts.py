@@ -9,7 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from deepseek_jax.config import Precision
-from deepseek_jax.model.layers import swiglu
+from deepseek_jax.model.layers import Weight, swiglu
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.linear import fp8_grouped_linear, fp8_grouped_swiglu_linear
 
@@ -81,9 +81,9 @@ def compact(keys_TK: Int[Array, "T K"], num_keys: int) -> Int[Array, "T k"]:
 class ExpertWeights(NamedTuple):
     """The device's own experts."""
 
-    w1_EDF: Float[Array, "E D F"]
-    w3_EDF: Float[Array, "E D F"]
-    w2_EFD: Float[Array, "E F D"]
+    w1_EDF: Weight
+    w3_EDF: Weight
+    w2_EFD: Weight
 
 
 def local_experts(

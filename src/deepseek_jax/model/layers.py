@@ -12,8 +12,15 @@ from jaxtyping import Array, Float
 
 from deepseek_jax import sharding
 from deepseek_jax.config import ModelConfig, Precision
+from deepseek_jax.sharding import LORA_A, LORA_B, SCALE
 from deepseek_jax.types import UserError
+from pallas_kernels import backend
 from pallas_kernels.linear import fp8_linear, fp8_swiglu_linear
+from pallas_kernels.reference import E4M3, TILE, Quantized
+
+# A matrix as computation takes it: an array, or, where the products are in FP8 and the weights
+# have been kept so, its values and the scales of its blocks, as they are.
+Weight = jax.Array | Quantized
 
 
 def dot(
@@ -30,11 +37,19 @@ def dot(
     return out.astype(dtype)
 
 
+def fp8_kernels() -> bool:
+    """Whether there are kernels here for products in FP8; elsewhere plain jnp stands in."""
+    return backend.platform() == "tpu" or backend.on_hopper()
+
+
 def linear(
-    x: Float[Array, "..."], w: Float[Array, "..."], precision: Precision, contracted: int = 1
+    x: Float[Array, "..."],
+    w: Float[Array, "..."] | Quantized,
+    precision: Precision,
+    contracted: int = 1,
 ) -> Float[Array, "..."]:
     """Multiply over the last ``contracted`` axes of x and the first of w; in FP8 if so asked."""
-    if precision.matmuls == "compute":
+    if not isinstance(w, Quantized) and precision.matmuls == "compute":
         dtype, accumulate = precision.compute_dtype, jnp.dtype(precision.accumulate)
         out = jnp.tensordot(
             x.astype(dtype), w.astype(dtype), contracted, preferred_element_type=accumulate
@@ -43,7 +58,34 @@ def linear(
     rows, columns = x.shape[: x.ndim - contracted], w.shape[contracted:]
     K = math.prod(w.shape[:contracted])
     x_MK = x.astype(precision.compute_dtype).reshape(-1, K)
-    return fp8_linear(x_MK, w.reshape(K, -1)).reshape(*rows, *columns)
+    if isinstance(w, Quantized):
+        w_KN: Weight = Quantized(w.values.reshape(K, -1), w.scale)
+    else:
+        w_KN = w.reshape(K, -1)
+    return fp8_linear(x_MK, w_KN).reshape(*rows, *columns)
+
+
+def dequantized(
+    w: Quantized, split: int, dtype: Any, first: tuple[Any, Any] = (0, 0)
+) -> Float[Array, "..."]:
+    """The matrices that FP8 values ``[*stack, *inputs, *outputs]`` and their scales stand for.
+
+    ``W[r, c] = q[r, c] * scale[r // 128, c // 128]`` (V3 section 3.3.2), in float32, rounded once.
+
+    Args:
+        w: the values, and the scales of whole matrices, ``[*stack, blocks, blocks]``.
+        split: where the outputs' axes begin.
+        dtype: of the result.
+        first: the row and the column of the whole matrix that the values begin with.
+    """
+    lead = w.scale.ndim - 2
+    sizes = math.prod(w.shape[lead:split]), math.prod(w.shape[split:])
+    scale = w.scale
+    for axis, start, size in zip((lead, lead + 1), first, sizes, strict=True):
+        each = jnp.repeat(scale, TILE, axis=axis)
+        scale = jax.lax.dynamic_slice_in_dim(each, start, size, axis)
+    values = w.values.reshape(scale.shape).astype(jnp.float32)
+    return (values * scale).astype(dtype).reshape(w.shape)
 
 
 def rms_norm(
@@ -70,10 +112,6 @@ def swiglu(
 
 # What every rematerialisation policy leaves out: weights gathered for one layer's use.
 GATHERED = "gathered_weight"
-
-
-# Beside a matrix "w" may lie "w_lora_a" and "w_lora_b", whose product is added where it is used.
-LORA_A, LORA_B = "_lora_a", "_lora_b"
 
 
 def low_rank(a: Any, b: Any, ndim: int) -> Any:
@@ -116,23 +154,66 @@ class ParamModule(nn.Module):
         shape: tuple[int, ...],
         axes: tuple[str | None, ...],
         dtype: Any = None,
-    ) -> jax.Array:
+    ) -> Any:
         """A matrix drawn from N(0, initializer_range^2) (V3 section 4.2), in the compute dtype.
 
         Per device it comes whole along the axes that it is only stored by (``sharding.STORED``).
+        One kept in FP8 is multiplied out here, or, where products are in FP8 and no ``dtype`` is
+        asked for, comes as ``Quantized``.
         """
         init = nn.initializers.normal(self.config.initializer_range)
         stored = self._declare(name, init, shape, axes)
-        if dtype is None:
+        adapted = self.has_variable("params", name + LORA_A)
+        in_fp8 = self.precision.matmuls == "fp8" and dtype is None
+        if stored.dtype == E4M3:
+            as_it_is = in_fp8 and not adapted
+            wanted = None if as_it_is else dtype or self.precision.compute_dtype
+            w: Any = self._from_fp8(name, stored, shape, axes, wanted)
+        else:
             # FP8 is rounded to from the master weights where they are at hand.
             here = stored.shape == sharding.local_shapes(axes, shape)[1]
-            in_fp8 = self.precision.matmuls == "fp8"
-            dtype = stored.dtype if in_fp8 and here else self.precision.compute_dtype
-        w = sharding.gathered(stored, axes, shape, dtype)
-        if self.has_variable("params", name + LORA_A):
+            own = stored.dtype if in_fp8 and here else self.precision.compute_dtype
+            w = sharding.gathered(stored, axes, shape, dtype or own)
+        if adapted:
             delta = self._low_rank(name, axes, shape)
             w = (w.astype(jnp.float32) + delta).astype(w.dtype)
-        return checkpoint_name(w, GATHERED)
+        return jax.tree.map(lambda x: checkpoint_name(x, GATHERED), w)
+
+    def _from_fp8(
+        self, name: str, stored: jax.Array, shape: tuple[int, ...], axes: Any, dtype: Any
+    ) -> Weight:
+        """A matrix that is kept in FP8, in ``dtype``; None: as it is, where that can be.
+
+        That is where this device's part of it is whole blocks. What travels is FP8.
+        """
+        if not self.has_variable("params", name + SCALE):
+            raise UserError(
+                f"parameter {'/'.join((*self.path, name))} is in FP8, but {name + SCALE}, the "
+                "scales of its blocks, is not there; load the weights with dtype='fp8', which "
+                "gives both, or in bfloat16."
+            )
+        lead, split = sharding.matrix_axes(axes)
+        blocks = (-(-math.prod(part) // TILE) for part in (shape[lead:split], shape[split:]))
+        scale = self._declare(
+            name + SCALE,
+            nn.initializers.ones_init(),
+            (*shape[:lead], *blocks),
+            sharding.beside(axes, SCALE),
+        )
+        values = sharding.gathered(stored, axes, shape, E4M3)
+        sizes = math.prod(values.shape[lead:split]), math.prod(values.shape[split:])
+        names = axes[lead] or "", axes[split] or ""
+        rows, columns = (
+            sharding.part_index(n) * size for n, size in zip(names, sizes, strict=True)
+        )
+        divided = [size for n, size in zip(names, sizes, strict=True) if sharding.parts(n) > 1]
+        if dtype is not None or any(size % TILE for size in divided):
+            dtype = dtype or self.precision.compute_dtype
+            return dequantized(Quantized(values, scale), split, dtype, (rows, columns))
+        for axis, start, size in zip((lead, lead + 1), (rows, columns), sizes, strict=True):
+            own = -(-size // TILE)
+            scale = jax.lax.dynamic_slice_in_dim(scale, start // TILE, own, axis)
+        return Quantized(values, scale)
 
     def _low_rank(
         self, name: str, axes: tuple[str | None, ...], shape: tuple[int, ...]
@@ -140,10 +221,13 @@ class ParamModule(nn.Module):
         """The product to add to a matrix: its halves are stored as it is, and gathered like it."""
         a: Any = self.get_variable("params", name + LORA_A)
         b: Any = self.get_variable("params", name + LORA_B)
-        lead, split, r = a.ndim + b.ndim - len(shape) - 2, a.ndim - 1, a.shape[-1]
-        a = sharding.gathered(a, (*axes[:split], None), (*shape[:split], r), jnp.float32)
-        names, whole = (*axes[:lead], None, *axes[split:]), (*shape[:lead], r, *shape[split:])
-        return low_rank(a, sharding.gathered(b, names, whole, jnp.float32), len(shape))
+        (lead, split), r = sharding.matrix_axes(axes), a.shape[-1]
+        wholes = (*shape[:split], r), (*shape[:lead], r, *shape[split:])
+        halves = (
+            sharding.gathered(half, sharding.beside(axes, end), whole, jnp.float32)
+            for half, end, whole in zip((a, b), (LORA_A, LORA_B), wholes, strict=True)
+        )
+        return low_rank(*halves, len(shape))
 
     def scale(self, name: str, size: int) -> jax.Array:
         """The gain of an RMSNorm, initially 1."""

@@ -3,7 +3,8 @@
 The adapter is a tree of its own: where the parameters have ``wo`` it has ``wo_lora_a`` and
 ``wo_lora_b``. In training the two trees are laid into one another, and a layer adds the product to
 its matrix where it uses it (``model/layers.py``), under the scan over layers: what exists at a time
-is one layer's product, never a second model. The backward pass makes one layer's dW and projects
+is one layer's product, never a second model; a base kept in FP8 is multiplied out there too. The
+backward pass makes one layer's dW and projects
 it, so a step costs the FLOPs of full fine-tuning; gradients, moments and checkpoints are the
 adapter's alone.
 """
@@ -19,8 +20,10 @@ from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 
 from deepseek_jax import sharding
-from deepseek_jax.model.layers import LORA_A, LORA_B, low_rank
+from deepseek_jax.config import RematPolicy
+from deepseek_jax.model.layers import low_rank
 from deepseek_jax.model.transformer import DeepSeekV3, abstract_params, logical_axes
+from deepseek_jax.sharding import LORA_A, LORA_B
 from deepseek_jax.train.run import Trainee
 from deepseek_jax.types import Params, UserError
 
@@ -30,7 +33,6 @@ _MATRICES: dict[Target, tuple[tuple[str, str], ...]] = {
     "ffn": tuple((ffn, w) for ffn in ("ffn", "shared_experts") for w in ("w1", "w2", "w3")),
     "experts": tuple(("moe", w) for w in ("w1", "w2", "w3")),
 }
-_INPUTS = {"wo": 2}  # axes that a matrix contracts: heads and their width; else 1
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,27 @@ class LoraConfig:
     """The product is scaled by alpha / r."""
     lora_targets: tuple[Target, ...] = ("attention", "ffn", "experts")
     """MLA's projections; dense and shared feed-forward networks; routed experts."""
+    lora_base: Literal["params", "fp8"] = "params"
+    """The frozen base in the format of the parameters, or in FP8, as ``init`` has it."""
 
     def __post_init__(self) -> None:
         """Refuse what adapts nothing."""
         if self.lora_rank < 0 or not self.lora_targets or self.lora_alpha <= 0:
             raise UserError("LoRA wants a rank of at least 0, alpha above 0, and targets.")
+        if self.lora_base == "fp8" and not self.lora_rank:
+            raise UserError("weights in FP8 are not trained; give an adapter's --lora-rank too.")
+
+    def check(self, remat: RematPolicy) -> None:
+        """Refuse what would undo the saving.
+
+        Raises:
+            UserError: for a backward pass that keeps what it multiplied out of FP8.
+        """
+        if self.lora_base == "fp8" and remat == "none":
+            raise UserError(
+                "with remat=none the backward pass keeps every matrix of a base in FP8 as it was "
+                "multiplied out; choose --remat selective or full."
+            )
 
     @property
     def scale(self) -> float:
@@ -67,19 +85,14 @@ def adapters(model: DeepSeekV3, config: LoraConfig) -> tuple[Params, Params]:
                     if inner:
                         tree[name] = inner
             elif (parent, name) in wanted:
-                names = axes[name]
-                lead = sum(axis in ("layers", "expert") for axis in names)
-                split = lead + _INPUTS.get(name, 1)
+                lead, split = sharding.matrix_axes(axes[name])
                 halves = {
-                    LORA_A: ((*value.shape[:split], config.lora_rank), (*names[:split], None)),
-                    LORA_B: (
-                        (*value.shape[:lead], config.lora_rank, *value.shape[split:]),
-                        (*names[:lead], None, *names[split:]),
-                    ),
+                    LORA_A: (*value.shape[:split], config.lora_rank),
+                    LORA_B: (*value.shape[:lead], config.lora_rank, *value.shape[split:]),
                 }
-                for end, (shape, own) in halves.items():
+                for end, shape in halves.items():
                     found[0][name + end] = jax.ShapeDtypeStruct(shape, jnp.float32)
-                    found[1][name + end] = own
+                    found[1][name + end] = sharding.beside(axes[name], end)
         return found
 
     return walk(abstract_params(model), logical_axes(model), "")
@@ -132,7 +145,11 @@ def merge(base: Params, adapter: Params, scale: float) -> Params:
 
 
 def adapter_of(model: DeepSeekV3, config: LoraConfig, base: Params, mesh: Mesh) -> Trainee:
-    """The adapter is trained; the base, wherever it lies (or is only described), stays."""
+    """The adapter is trained; the base, wherever it lies (or is only described), stays.
+
+    A base in FP8 is never merged, since FP8 would round the product away: what is generated with
+    is both, as in training.
+    """
     shapes, axes = adapters(model, config)
     if not shapes:
         raise UserError(
@@ -147,7 +164,8 @@ def adapter_of(model: DeepSeekV3, config: LoraConfig, base: Params, mesh: Mesh) 
         return attach(base, adapter, config.scale)
 
     def merged(adapter: Params, base: Params, **_: Any) -> Params:
-        return merge(base, adapter, config.scale)
+        in_fp8 = any(x.dtype == jnp.float8_e4m3fn for x in jax.tree.leaves(base))
+        return (attach if in_fp8 else merge)(base, adapter, config.scale)
 
     frozen_axes = {"base": logical_axes(model)}
     return Trainee(model, {"base": base}, axes, frozen_axes, abstract, whole, merged)

@@ -18,7 +18,7 @@ from deepseek_jax.checkpoint import Checkpointer, load_params
 from deepseek_jax.checkpoint.files import local_path
 from deepseek_jax.checkpoint.run_directory import read_run
 from deepseek_jax.config import ModelConfig, Precision, RematPolicy
-from deepseek_jax.convert import load_hf
+from deepseek_jax.convert import fp8_params, load_hf
 from deepseek_jax.convert.folder import HFFolder
 from deepseek_jax.data.feed import Feed, OpenStream, TrainRows
 from deepseek_jax.data.pipeline import EvalBatch
@@ -228,16 +228,23 @@ def model_of(init: Path) -> ModelConfig:
     )
 
 
-def load_weights(init: Path, model: DeepSeekV3, mesh: Mesh) -> tuple[Params, Array]:
+def load_weights(
+    init: Path, model: DeepSeekV3, mesh: Mesh, *, fp8: bool = False
+) -> tuple[Params, Array]:
     """Parameters where they belong on the mesh, and the router bias.
+
+    ``fp8``: those that ``init`` has in FP8 stay so, with their scales.
 
     Raises:
         UserError: if they are damaged, or of another model.
     """
     if (init / "run.json").exists() or not (init / "config.json").exists():
-        params, bias_LE, _ = load_params(init, sharded_params(model, mesh))
+        abstract = sharded_params(model, mesh)
+        abstract = fp8_params(model.config, abstract) if fp8 else abstract
+        params, bias_LE, _ = load_params(init, abstract)
     else:
-        found, params, bias_LE = load_hf(init, dtype=model.precision.params, mesh=mesh)
+        dtype = "fp8" if fp8 else model.precision.params
+        found, params, bias_LE = load_hf(init, dtype=dtype, mesh=mesh)
         if found != model.config:
             raise UserError(f"{init} holds another model than this configuration says.")
     # From NumPy: an array on one device does not go to devices of other processes.

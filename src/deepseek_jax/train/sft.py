@@ -106,6 +106,7 @@ def sft(config: SftConfig) -> SftResult | None:
     source = config.out if config.resume else config.init
     if source is None:
         raise UserError("fine-tuning starts from weights: name a run or a folder with --init.")
+    config.lora.check(config.remat)
     model_config = model_of(source)
     data_config = config.conversations
     if data_config.seq_len > model_config.max_position_embeddings:
@@ -205,7 +206,7 @@ def _start(
 
     if not config.lora.lora_rank:
         return loaded, all_of(model, mesh)
-    base, bias_LE = load_weights(init, model, mesh)
+    base, bias_LE = load_weights(init, model, mesh, fp8=config.lora.lora_base == "fp8")
 
     def fresh(tx: Any, abstract: TrainState) -> TrainState:
         where = jax.tree.map(lambda x: x.sharding, abstract.params)
