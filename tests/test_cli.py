@@ -395,6 +395,32 @@ def test_convert_there_and_generate_from_both_sides(run_directory, tmp_path, cap
     assert texts[0].startswith("the")
 
 
+@pytest.mark.slow
+def test_fp8_is_served_as_fp8(run_directory, tmp_path, capsys):
+    """From a folder and from a run directory the text is that of the weights multiplied out."""
+    hf, run = str(tmp_path / "hf"), str(tmp_path / "run")
+    main(["convert", str(run_directory), hf, "--dtype", "fp8"])
+    main(["convert", hf, run, "--dtype", "fp8"])
+    capsys.readouterr()
+    options = ["--max-new-tokens", "4", "--temperature", "0", "--compute", "float32"]
+    kept = ["--weights", "fp8"]
+    texts = []
+    for source in (["--hf", hf], ["--hf", hf, *kept], ["--run", run, *kept]):
+        main(["generate", "the", *source, *options])
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] == texts[2]
+    figures = []
+    for more in ([], kept):
+        out = tmp_path / f"{len(more)}.json"
+        words = ["--text", str(run_directory / "run.json"), "--seq-len", "32", "--out", str(out)]
+        main(["eval", "--hf", hf, "--compute", "float32", *words, *more])
+        figures.append(json.loads(out.read_text()))
+    assert figures[0] == pytest.approx(figures[1])
+    with pytest.raises(SystemExit):
+        main(["generate", "the", "--run", str(run_directory), *options, *kept])
+    assert "w_" not in capsys.readouterr().err
+
+
 def test_a_file_of_prompts_and_conversations(run_directory, tmp_path, capsys):
     prompts = tmp_path / "prompts.jsonl"
     lines = [

@@ -246,3 +246,31 @@ def test_explicit_impl_never_falls_back():
         linear.fp8_linear(x, w, impl="hopper")
     with pytest.raises(ValueError, match="a bfloat16 result"):
         linear.fp8_grouped_linear(x, w[None], jnp.asarray([128], jnp.int32), impl="hopper")
+
+
+# --- weights that come quantized -------------------------------------------------------------
+
+
+@implementations
+@pytest.mark.parametrize("kind", ["dense", "swiglu", "grouped", "grouped_swiglu"])
+def test_a_quantized_weight_is_taken_as_it_is(impl, kind):
+    """The result and the input's gradient are those of the weight that it was quantized from."""
+    groups = 3 if "grouped" in kind else None
+    x, w, dy = arrays(256, 384, 256, jnp.bfloat16, groups=groups)
+    sizes = (jnp.asarray([100, 0, 120]),) if groups else ()
+    layer = {
+        "dense": linear.fp8_linear,
+        "swiglu": lambda x, w, **kw: linear.fp8_swiglu_linear(x, x[::-1], w, **kw),
+        "grouped": linear.fp8_grouped_linear,
+        "grouped_swiglu": lambda x, w, *s, **kw: linear.fp8_grouped_swiglu_linear(
+            x, x[::-1], w, *s, **kw
+        ),
+    }[kind]
+
+    @jax.jit
+    def both(x, w):
+        y, vjp = jax.vjp(lambda x: layer(x, w, *sizes, impl=impl), x)
+        return y, vjp(dy)[0]
+
+    for a, b in zip(both(x, w), both(x, quantize.quantize_blocks(w)), strict=True):
+        np.testing.assert_array_equal(a, b)

@@ -13,7 +13,7 @@ from deepseek_jax import sharding
 from deepseek_jax.checkpoint import load_params
 from deepseek_jax.checkpoint.trees import flatten, stored_tree
 from deepseek_jax.config import FLOAT32
-from deepseek_jax.convert import convert_to_hf, load_hf
+from deepseek_jax.convert import convert_to_hf, convert_to_orbax, load_hf
 from deepseek_jax.data.sft import ConversationConfig
 from deepseek_jax.model.transformer import DeepSeekV3, abstract_params, init_params
 from deepseek_jax.plan.compile import training_step
@@ -162,6 +162,45 @@ def test_a_run_saves_the_adapter_alone_and_exports_the_sum(tmp_path):
     _, exported, _ = load_hf(tmp_path / "other_hf")
     for a, b in zip(*map(jax.tree.leaves, (exported, again.params)), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_base_in_fp8_stays_as_it_is_and_is_exported_multiplied_out(tmp_path):
+    """From a folder and from a run directory, on a mesh; the export is W + A B."""
+    plain = runs.write_base(tmp_path / "base")
+    convert_to_hf(plain, tmp_path / "hf", dtype="fp8")
+    convert_to_orbax(tmp_path / "hf", tmp_path / "run", dtype="fp8")
+    lora = dataclasses.replace(LORA, lora_base="fp8")
+    _, base, _ = load_hf(tmp_path / "hf", dtype="fp8")
+    _, wide, _ = load_hf(tmp_path / "hf", dtype="float32")
+    results = []
+    for name, mesh in (("hf", "data=8"), ("run", "fsdp=2,expert=2,tensor=2")):
+        config = run_config(tmp_path, f"from_{name}", tmp_path / name, mesh)
+        result = sft(dataclasses.replace(config, lora=lora, remat="full", samples=1))
+        assert result is not None
+        found = flatten(result.params)
+        for path, leaf in flatten(base).items():
+            assert (found[path].dtype == jnp.float8_e4m3fn) == (leaf.dtype == jnp.float8_e4m3fn)
+            np.testing.assert_array_equal(
+                *(np.asarray(x, np.float32) for x in (found[path], leaf)), err_msg=path
+            )
+        results.append(adapter := result.outcome.state.params)
+        convert_to_hf(tmp_path / f"from_{name}", tmp_path / f"out_{name}", dtype="fp32")
+        _, exported, _ = load_hf(tmp_path / f"out_{name}")
+        expected = merge(wide, jax.device_get(adapter), LORA.scale)
+        for a, b in zip(*map(jax.tree.leaves, (exported, expected)), strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
+    for a, b in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-4)
+
+
+def test_what_would_undo_the_saving_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"weights in FP8 are not trained.*--lora-rank"):
+        LoraConfig(lora_base="fp8")
+    lora = dataclasses.replace(LORA, lora_base="fp8")
+    config = dataclasses.replace(run_config(tmp_path, "a", tmp_path, "data=8"), lora=lora)
+    with pytest.raises(UserError, match=r"remat=none.*choose --remat selective or full"):
+        sft(config)
 
 
 def test_adapters_lie_as_their_matrices_do():
