@@ -27,7 +27,7 @@ router, norms and the core of attention (section 3.3.1).
 """
 
 import functools
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,6 @@ from pallas_kernels import backend
 from pallas_kernels.grouped_matmul import fp8_grouped_matmul, fp8_grouped_wgrad
 from pallas_kernels.matmul import fp8_matmul
 from pallas_kernels.quantize import (
-    BothWays,
     quantize_blocks_both,
     quantize_tiles,
     quantize_tiles_both,
@@ -125,10 +124,12 @@ def _quantized_weight(w: jax.Array | Quantized, impl: Impl) -> tuple[Quantized, 
     return quantize_blocks_both(w, impl=_quantizer(impl))
 
 
-def _quantized_input(x_MK, w: jax.Array | Quantized, tiles, impl: Impl) -> Any:
-    """Both ways, for the two products that x takes part in; one where w has no gradient."""
+def _quantized_input(
+    x_MK, w: jax.Array | Quantized, tiles, impl: Impl
+) -> tuple[Quantized, Quantized | None]:
+    """By row for the forward product, by column for the weight's gradient, where it has one."""
     if isinstance(w, Quantized):
-        return BothWays(quantize_tiles(x_MK, impl=_quantizer(impl)), None)
+        return quantize_tiles(x_MK, impl=_quantizer(impl)), None
     return quantize_tiles_both(x_MK, tiles, impl=_quantizer(impl))
 
 
@@ -143,11 +144,11 @@ def _linear(x_MK: jax.Array, w_KN: jax.Array | Quantized, impl: Impl) -> jax.Arr
 
 
 def _linear_fwd(x_MK, w_KN, impl):
-    x = _quantized_input(x_MK, w_KN, None, impl)
+    x, x_transposed = _quantized_input(x_MK, w_KN, None, impl)
     w, w_transposed = _quantized_weight(w_KN, impl)
-    y_MN = fp8_matmul(x.by_row, w_transposed, out_dtype=x_MK.dtype, impl=impl)
+    y_MN = fp8_matmul(x, w_transposed, out_dtype=x_MK.dtype, impl=impl)
     dtypes = _empty(x_MK), _empty(w_KN)
-    return y_MN, (_named(x.by_column, "fp8_input"), _named(w, "fp8_weight"), dtypes)
+    return y_MN, (_named(x_transposed, "fp8_input"), _named(w, "fp8_weight"), dtypes)
 
 
 def _linear_bwd(impl, residuals, dy_MN):
@@ -170,11 +171,11 @@ def _grouped(x_MK: jax.Array, w_GKN: jax.Array | Quantized, sizes_G: jax.Array, 
 
 def _grouped_fwd(x_MK, w_GKN, sizes_G, impl):
     tiles = ragged_tiles(sizes_G, x_MK.shape[0])
-    x = _quantized_input(x_MK, w_GKN, tiles, impl)
+    x, x_transposed = _quantized_input(x_MK, w_GKN, tiles, impl)
     w, w_transposed = _quantized_weight(w_GKN, impl)
-    y_MN = fp8_grouped_matmul(x.by_row, w_transposed, sizes_G, out_dtype=x_MK.dtype, impl=impl)
+    y_MN = fp8_grouped_matmul(x, w_transposed, sizes_G, out_dtype=x_MK.dtype, impl=impl)
     dtypes = _empty(x_MK), _empty(w_GKN)
-    kept = _named(x.by_column, "fp8_input"), _named(w, "fp8_weight")
+    kept = _named(x_transposed, "fp8_input"), _named(w, "fp8_weight")
     return y_MN, (*kept, sizes_G, dtypes)
 
 

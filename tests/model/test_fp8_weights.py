@@ -14,6 +14,7 @@ from deepseek_jax.config import FLOAT32
 from deepseek_jax.convert import fp8_params, load_hf
 from deepseek_jax.generate import Engine, EngineConfig, Request, Sampling
 from deepseek_jax.generate.engine import serving_params
+from deepseek_jax.model.dispatch import ExpertParallel
 from deepseek_jax.model.transformer import init_cache, logical_axes, sharded_params
 from deepseek_jax.train.lora import LoraConfig, adapters, attach, init_adapter
 from deepseek_jax.train.losses import Totals, pretrain_loss
@@ -183,13 +184,17 @@ def test_products_in_fp8_take_the_stored_weights(kept, plain):
 
 
 @pytest.mark.slow
-def test_parts_of_blocks_are_multiplied_out_first(folder, plain):
-    """On a mesh that cuts some matrices inside blocks and others not, by FP8's rounding."""
+@pytest.mark.parametrize(
+    ("mesh_text", "dispatcher"), [("expert=4,tensor=2", "ring"), ("expert=8", "ragged")]
+)
+def test_products_in_fp8_on_a_mesh(mesh_text, dispatcher, folder, plain):
+    """What a mesh cuts inside blocks is multiplied out first: the same by FP8's rounding."""
     expected = all_logits(IN_FP8)(*plain, tokens())
-    mesh = sharding.make_mesh("expert=4,tensor=2")
+    mesh = sharding.make_mesh(mesh_text)
     _, params, bias = load_hf(folder, dtype="fp8", mesh=mesh)
+    model = dataclasses.replace(IN_FP8, parallel=ExpertParallel(dispatcher))
     with jax.set_mesh(mesh):
-        got = np.asarray(all_logits(IN_FP8)(params, bias, tokens()))
+        got = np.asarray(all_logits(model)(params, bias, tokens()))
     assert np.abs(got - expected).mean() < 0.1 * np.std(expected)
 
 

@@ -13,7 +13,7 @@ from deepseek_jax import sharding
 from deepseek_jax.checkpoint import load_params
 from deepseek_jax.checkpoint.trees import flatten, stored_tree
 from deepseek_jax.config import FLOAT32
-from deepseek_jax.convert import convert_to_hf, convert_to_orbax, load_hf
+from deepseek_jax.convert import convert_to_hf, convert_to_orbax, export_hf, load_hf
 from deepseek_jax.data.sft import ConversationConfig
 from deepseek_jax.model.transformer import DeepSeekV3, abstract_params, init_params
 from deepseek_jax.plan.compile import training_step
@@ -184,6 +184,8 @@ def test_a_base_in_fp8_stays_as_it_is_and_is_exported_multiplied_out(tmp_path):
             np.testing.assert_array_equal(
                 *(np.asarray(x, np.float32) for x in (found[path], leaf)), err_msg=path
             )
+        with pytest.raises(UserError, match="has an adapter beside it"):
+            export_hf(tmp_path / "no", runs.MODEL, result.params, np.zeros((2, 8)))
         results.append(adapter := result.outcome.state.params)
         convert_to_hf(tmp_path / f"from_{name}", tmp_path / f"out_{name}", dtype="fp32")
         _, exported, _ = load_hf(tmp_path / f"out_{name}")

@@ -19,6 +19,7 @@ from deepseek_jax.convert.shards import ShardWriter, TensorSpec
 from deepseek_jax.convert.sidecars import copy_sidecars, write_configs
 from deepseek_jax.convert.table import BLOCK_SIZE, SCALE, axis_sizes, entries, to_hf
 from deepseek_jax.convert.transfer import Job, claim_output, disk_errors, run_all
+from deepseek_jax.sharding import LORA_A
 from deepseek_jax.types import Array, Params, UserError
 
 ExportDtype = Literal["bf16", "fp32", "fp8"]
@@ -112,6 +113,11 @@ def _check_tree(config: ModelConfig, tree: Params) -> None:
             raise UserError(
                 f"{name} is {list(array.shape)} instead of {list(leaf.shape)}: the parameters are "
                 "not of this config."
+            )
+        if leaf.path[-1] + LORA_A in lookup(tree, leaf.path[:-1]):
+            raise UserError(
+                f"{name} has an adapter beside it, which no file has room for; export the run that "
+                "trained it with `convert`, which merges them."
             )
         if not getattr(array, "is_fully_addressable", True):
             raise UserError(

@@ -223,11 +223,11 @@ class ParamModule(nn.Module):
         b: Any = self.get_variable("params", name + LORA_B)
         (lead, split), r = sharding.matrix_axes(axes), a.shape[-1]
         wholes = (*shape[:split], r), (*shape[:lead], r, *shape[split:])
-        halves = (
+        a, b = (
             sharding.gathered(half, sharding.beside(axes, end), whole, jnp.float32)
             for half, end, whole in zip((a, b), (LORA_A, LORA_B), wholes, strict=True)
         )
-        return low_rank(*halves, len(shape))
+        return low_rank(a, b, len(shape))
 
     def scale(self, name: str, size: int) -> jax.Array:
         """The gain of an RMSNorm, initially 1."""
