@@ -416,9 +416,13 @@ def test_fp8_is_served_as_fp8(run_directory, tmp_path, capsys):
         main(["eval", "--hf", hf, "--compute", "float32", *words, *more])
         figures.append(json.loads(out.read_text()))
     assert figures[0] == pytest.approx(figures[1])
-    with pytest.raises(SystemExit):
-        main(["generate", "the", "--run", str(run_directory), *options, *kept])
-    assert "w_" not in capsys.readouterr().err
+    for words, said in (
+        (["--run", str(run_directory), *kept], "holds no FP8 weights to keep"),
+        (["--run", run], "has its weights in FP8"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["generate", "the", *words, *options])
+        assert said in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_file_of_prompts_and_conversations(run_directory, tmp_path, capsys):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from deepseek_jax.sharding import SCALE
 from deepseek_jax.types import TrainState, UserError
 
 
@@ -44,6 +45,8 @@ def check_fits(folder: Path, wanted: dict[str, Any], *, same_dtype: bool) -> Non
     """Raises a UserError that names the first leaf in which an item differs from a tree."""
     stored, expected = flatten(stored_tree(folder)), flatten(wanted)
     for name in list(expected) + [name for name in stored if name not in expected]:
+        if name.endswith(SCALE) and (name in stored) != (name in expected):
+            raise UserError(_only_one_in_fp8(folder, name, name in stored))
         old, new = (_describe(tree.get(name), same_dtype) for tree in (stored, expected))
         if old != new:
             raise UserError(
@@ -51,6 +54,19 @@ def check_fits(folder: Path, wanted: dict[str, Any], *, same_dtype: bool) -> Non
                 f"in the checkpoint and {new} here; use the configuration it was saved with "
                 "(vocabulary, layers, widths, optimizer), or start anew in another directory."
             )
+
+
+def _only_one_in_fp8(folder: Path, name: str, stored: bool) -> str:
+    if stored:
+        return (
+            f"the checkpoint {folder.parent} has its weights in FP8 ({name}); keep them so with "
+            "--weights fp8, or as an adapter's base with --lora-base fp8, or convert the original "
+            "to bfloat16."
+        )
+    return (
+        f"the checkpoint {folder.parent} holds no FP8 weights to keep ({name} is absent); use it "
+        "as it is, or `convert` it to a folder with --dtype fp8."
+    )
 
 
 def _describe(leaf: Any, with_dtype: bool) -> str:

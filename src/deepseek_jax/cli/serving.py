@@ -97,7 +97,8 @@ class Opened(NamedTuple):
         )
         each = engine.cache_bytes_per_token
         Console(stderr=True).print(
-            f"{config.slots} slots of {length:,} tokens; latent cache {each:,} bytes a token",
+            f"{config.slots} slots of {length:,} tokens; latent cache {each:,} bytes a token; "
+            f"weights {engine.weight_bytes / 1e9:.3g} GB",
             style="dim",
             highlight=False,
         )

@@ -256,6 +256,11 @@ class Engine:
         each = [x for c in caches for x in jax.tree.leaves(c) if x.ndim > 1]
         return sum(x.nbytes for x in each) // (self._rows * self.config.max_length)
 
+    @property
+    def weight_bytes(self) -> int:
+        """Of all parameters, each counted once however many devices hold it."""
+        return sum(x.nbytes for x in jax.tree.leaves(self._params))
+
     def check(self, request: Request) -> None:
         """Refuse what cannot be generated.
 

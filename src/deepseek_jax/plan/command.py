@@ -5,6 +5,7 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from jax.sharding import Mesh
 from rich.console import Console
@@ -44,7 +45,9 @@ class PlanConfig:
     remat: RematPolicy | None = None
     """What the backward pass computes again; default for training: full."""
     decode: bool = False
-    """One token for every sequence from a full cache, weights in the compute format."""
+    """One token for every sequence from a full cache."""
+    weights: Literal["compute", "fp8"] = "compute"
+    """Of ``--decode``: in the compute format, or in FP8 as in ``generate``."""
     search: bool = False
     """Try a handful of meshes and remat policies instead of the given ones, and rank them."""
     out: Path = Path("out/plan")
@@ -69,6 +72,10 @@ def plan(config: PlanConfig, console: Console | None = None) -> list[Plan]:
     topology = parse_topology(config.topology)
     if config.decode and config.remat not in (None, "none"):
         raise UserError("decode has no backward pass: leave remat out.")
+    if not config.decode:
+        config.lora.check(config.remat or "full")
+    if config.weights == "fp8" and not config.decode:
+        raise UserError("weights in FP8 are not trained: add --decode, or give --lora-base fp8.")
     devices = topology_devices(topology)
     if not config.search:
         mesh = sharding.make_mesh(config.mesh, devices)
@@ -94,9 +101,11 @@ def plan_one(
 ) -> Plan:
     """One mesh and one policy."""
     step, tokens, flops = _step(config, mesh)
-    remat = "" if config.decode else f", remat {config.remat or 'full'}"
+    weights = ", weights in FP8" if config.weights == "fp8" else ""
+    remat = weights if config.decode else f", remat {config.remat or 'full'}"
     if config.lora.lora_rank and not config.decode:
         remat += f", LoRA of rank {config.lora.lora_rank} on {' '.join(config.lora.lora_targets)}"
+        remat += " over FP8" if config.lora.lora_base == "fp8" else ""
     title = (
         f"{_size(param_counts(config.model).total)}, "
         f"{'decode' if config.decode else 'train'}, {topology.name}, {_short(mesh)}, "
@@ -139,6 +148,9 @@ def _step(config: PlanConfig, mesh: Mesh) -> tuple[compiler.Step, int, float]:
     compiler.check_rows(config.batch, config.micro_batches, config.seq, mesh)
     if config.decode:
         precision = dataclasses.replace(config.precision, params=config.precision.compute)
+        fp8 = config.weights == "fp8"
+        if fp8:  # what every TPU has kernels for
+            precision = dataclasses.replace(precision, matmuls="fp8")
         model = DeepSeekV3(
             config.model.replace(num_nextn_predict_layers=0), precision, "none", config.parallel
         )
@@ -146,7 +158,7 @@ def _step(config: PlanConfig, mesh: Mesh) -> tuple[compiler.Step, int, float]:
         c = config.model
         attention = 2 * c.num_attention_heads * (2 * c.kv_lora_rank + c.qk_rope_head_dim)
         per_token = 2.0 * param_counts(c).active + attention * config.seq * c.num_hidden_layers
-        step = compiler.decode_step(model, mesh, config.batch, config.seq)
+        step = compiler.decode_step(model, mesh, config.batch, config.seq, fp8=fp8)
         return step, config.batch, per_token * config.batch
     model = DeepSeekV3(config.model, config.precision, config.remat or "full", config.parallel)
     step = compiler.training_step(

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from deepseek_jax import sharding
+from deepseek_jax.convert import fp8_params
 from deepseek_jax.model import transformer
 from deepseek_jax.model.attention import CACHE_BLOCKS, KEY_BLOCK
 from deepseek_jax.model.transformer import (
@@ -95,7 +96,9 @@ def training_step(
     weight = mtp_weight(optim, _STEPS)
     trainee = all_of(model, mesh)
     if lora is not None and lora.lora_rank:
-        trainee = adapter_of(model, lora, trainee.abstract, mesh)
+        base = trainee.abstract
+        base = fp8_params(model.config, base) if lora.lora_base == "fp8" else base
+        trainee = adapter_of(model, lora, base, mesh)
 
     def loss_fn(params, router_bias_LE, batch, totals, step, **frozen):
         params = trainee.whole(params, **frozen)
@@ -118,13 +121,15 @@ def training_step(
     return Step(lambda: jitted.lower(state, batch, limit, trainee.frozen), held)
 
 
-def decode_step(model: DeepSeekV3, mesh: Mesh, rows: int, slots: int) -> Step:
+def decode_step(model: DeepSeekV3, mesh: Mesh, rows: int, slots: int, *, fp8: bool = False) -> Step:
     """One token for every row, from and into a latent cache that is donated.
 
-    Weights lie as computation wants them (``stored=False``), as they do in serving.
+    Weights lie as computation wants them (``stored=False``), as they do in serving; ``fp8``: in
+    FP8, as a checkpoint has them.
     """
     config, dtype = model.config, model.precision.compute_dtype
     params = sharded_params(model, mesh, stored=False)
+    params = fp8_params(config, params) if fp8 else params
     shapes = jax.eval_shape(lambda: init_cache(config, rows, slots, dtype))
     cache = _placed(mesh, shapes, cache_specs(shapes))
     bias = _placed(mesh, jax.eval_shape(lambda: init_router_bias(config)), sharding.spec())
