@@ -40,7 +40,8 @@ def fp8_grouped_matmul(
     if k % TILE or n % TILE or b.values.shape[2] != k:
         raise ValueError(f"N and K must be multiples of {TILE}, not {n} and {k}")
     native_fp8 = _native_fp8(native_fp8, interpret)
-    rows, columns = min(_ROWS, pl.cdiv(m, 32) * 32), min(_COLUMNS, n)
+    # Whole tiles of 128 even of the few rows of decoding: scales lie along them.
+    rows, columns = min(_ROWS, pl.cdiv(m, TILE) * TILE), min(_COLUMNS, n)
     visits = row_visits(group_sizes, m, rows)
     tiles = k // TILE
     k_steps = pl.cdiv(tiles, _TILES)
