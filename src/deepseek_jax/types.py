@@ -82,7 +82,7 @@ class Rollout(NamedTuple):
     """By the reference policy; None where there is no KL term."""
     sampler_logp_BT: Float[Array, "*A B T"] | None = None
     """As the sampler computed them while sampling, its rounding included."""
-    kept_BTK: Int[Array, "*A B T K"] | None = None
+    kept_BTX: Int[Array, "*A B T X"] | None = None
     """Ids that top-k or top-p left to the sampler, padded with -1; a row of -1: all."""
     experts_BTLK: Int[Array, "*A B T l K"] | None = None
     """Which experts each MoE layer chose while sampling; -1 as a token's first: none was kept."""

@@ -58,7 +58,7 @@ def test_value_gradient_and_entropy_equal_plain_softmax(at_once, temperature, ma
 
     def ours(hidden, head):
         logp, entropy = token_logprobs(
-            hidden, head, targets, temperature=temperature, kept_MK=kept
+            hidden, head, targets, temperature=temperature, kept_MX=kept
         )  # fmt: skip
         return (jnp.exp(logp) * factors).sum(), (logp, entropy)
 
@@ -76,7 +76,7 @@ def test_no_float32_array_of_all_logits_exists(monkeypatch):
     hidden, head, targets, kept = inputs(dtype=jnp.bfloat16)
     jaxpr = str(
         jax.make_jaxpr(
-            jax.grad(lambda h, w: token_logprobs(h, w, targets, kept_MK=kept)[0].sum(), (0, 1))
+            jax.grad(lambda h, w: token_logprobs(h, w, targets, kept_MX=kept)[0].sum(), (0, 1))
         )(hidden, head)
     )
     assert f"f32[5,{V}]" in jaxpr
@@ -171,7 +171,7 @@ def test_eight_devices_equal_one_from_the_embedding_to_the_loss():
             params["head"],
             data.batch.targets_BT.reshape(-1),
             temperature=0.9,
-            kept_MK=data.kept_BTK.reshape(hidden_MD.shape[0], -1),
+            kept_MX=data.kept_BTX.reshape(hidden_MD.shape[0], -1),
         )
         return logp_M.reshape(data.batch.targets_BT.shape)
 
@@ -190,7 +190,7 @@ def test_eight_devices_equal_one_through_the_model():
     def logprobs(params, data):
         bias = init_router_bias(CONFIG)
         return policy_output(
-            MODEL, params, bias, data.batch, kept_BTK=data.kept_BTK, temperature=0.9
+            MODEL, params, bias, data.batch, kept_BTX=data.kept_BTX, temperature=0.9
         ).logp_BT
 
     assert_eight_devices_equal_one(make, logprobs)

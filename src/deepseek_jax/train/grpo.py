@@ -439,7 +439,7 @@ def make_loss(model: DeepSeekV3, config: GrpoConfig) -> LossFn:
             bias_LE,
             rollout.batch,
             temperature=how.temperature,
-            kept_BTK=rollout.kept_BTK,
+            kept_BTX=rollout.kept_BTX,
             experts_BTLK=rollout.experts_BTLK,
         )
         loss, metrics = policy_loss(said.logp_BT, rollout, totals, objective, how.max_new_tokens)

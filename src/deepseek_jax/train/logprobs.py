@@ -33,7 +33,7 @@ def policy_output(
     batch: Batch,
     *,
     temperature: float | int = 1.0,
-    kept_BTK: Int[Array, "B T K"] | None = None,
+    kept_BTX: Int[Array, "B T X"] | None = None,
     experts_BTLK: Int[Array, "B T l K"] | None = None,
 ) -> PolicyOutput:
     """``token_logprobs`` of a batch's targets; per device, of its own rows.
@@ -50,7 +50,7 @@ def policy_output(
         losses.head(model, params),
         batch.targets_BT.reshape(-1),
         temperature=temperature,
-        kept_MK=None if kept_BTK is None else kept_BTK.reshape(-1, kept_BTK.shape[-1]),
+        kept_MX=None if kept_BTX is None else kept_BTX.reshape(-1, kept_BTX.shape[-1]),
     )
     return PolicyOutput(
         logp_M.reshape(shape),
@@ -76,7 +76,7 @@ def make_scorer(
                 bias_LE,
                 part.batch,
                 temperature=temperature,
-                kept_BTK=part.kept_BTK,
+                kept_BTX=part.kept_BTX,
                 experts_BTLK=part.experts_BTLK,
             )
             return None, said.logp_BT
@@ -98,7 +98,7 @@ def token_logprobs(
     targets_M: Int[Array, "M"],
     *,
     temperature: float | int = 1.0,
-    kept_MK: Int[Array, "M K"] | None = None,
+    kept_MX: Int[Array, "M X"] | None = None,
 ) -> tuple[Float[Array, "M"], Float[Array, "M"]]:
     """The log softmax(hidden @ head / temperature)[target] of each row, and the row's entropy.
 
@@ -113,19 +113,19 @@ def token_logprobs(
         head_DV: the output head.
         targets_M: the tokens asked about.
         temperature: the one that the tokens were sampled with, so that this is their policy.
-        kept_MK: ids that top-k or top-p left to the sampler, padded with -1; the distribution is
+        kept_MX: ids that top-k or top-p left to the sampler, padded with -1; the distribution is
             normalised over them alone ("Keep Sampling Mask", V3.2 section 3.1). A row of -1
             alone keeps all. A target is always kept.
     """
     M, V = len(hidden_MD), head_DV.shape[1]
     rows = max(1, min(M, losses.LOGITS_AT_ONCE // V))
     pad = -M % rows
-    kept_MK = jnp.full((M, 0), -1, jnp.int32) if kept_MK is None else kept_MK
+    kept_MX = jnp.full((M, 0), -1, jnp.int32) if kept_MX is None else kept_MX
     logp_M, entropy_M = _chunked(
         jnp.pad(hidden_MD, ((0, pad), (0, 0))),
         head_DV.astype(hidden_MD.dtype),
         jnp.pad(targets_M, (0, pad)),
-        jnp.pad(kept_MK, ((0, pad), (0, 0)), constant_values=-1),
+        jnp.pad(kept_MX, ((0, pad), (0, 0)), constant_values=-1),
         rows,
         float(temperature),
     )
@@ -142,17 +142,17 @@ class _Softmax(NamedTuple):
 
 
 def _softmax(chunk, head_DV: jax.Array, temperature: float) -> _Softmax:
-    hidden_CD, targets_C, kept_CK = chunk
+    hidden_CD, targets_C, kept_CX = chunk
     logits = jnp.dot(hidden_CD, head_DV, preferred_element_type=jnp.float32) / temperature
     C, V = logits.shape
     first = sharding.part_index("vocab") * V
     own = targets_C[:, None] - first == jnp.arange(V)
-    if kept_CK.shape[1]:
+    if kept_CX.shape[1]:
         # Ids of other parts of the vocabulary, and the padding, fall outside: sent to V, dropped.
-        local = kept_CK - first
-        local = jnp.where((kept_CK >= 0) & (local >= 0) & (local < V), local, V)
+        local = kept_CX - first
+        local = jnp.where((kept_CX >= 0) & (local >= 0) & (local < V), local, V)
         kept = jnp.zeros((C, V), bool).at[jnp.arange(C)[:, None], local].set(True, mode="drop")
-        everything = (kept_CK < 0).all(-1, keepdims=True)
+        everything = (kept_CX < 0).all(-1, keepdims=True)
         logits = jnp.where(kept | own | everything, logits, -jnp.inf)
     top_C1 = sharding.pmax(logits.max(-1, keepdims=True), "vocab")
     sum_C1 = sharding.psum(jnp.exp(logits - top_C1).sum(-1, keepdims=True), "vocab")
@@ -160,7 +160,7 @@ def _softmax(chunk, head_DV: jax.Array, temperature: float) -> _Softmax:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _chunked(hidden_MD, head_DV, targets_M, kept_MK, rows: int, temperature: float):
+def _chunked(hidden_MD, head_DV, targets_M, kept_MX, rows: int, temperature: float):
     def body(_, chunk):
         logits, total_C1, own = _softmax(chunk, head_DV, temperature)
         picked_C = jnp.where(own, logits, 0).sum(-1)
@@ -169,7 +169,7 @@ def _chunked(hidden_MD, head_DV, targets_M, kept_MK, rows: int, temperature: flo
         total_C = total_C1[:, 0]
         return None, (picked_C - total_C, total_C - expected_C)
 
-    _, (logp, entropy) = jax.lax.scan(body, None, _split(rows, hidden_MD, targets_M, kept_MK))
+    _, (logp, entropy) = jax.lax.scan(body, None, _split(rows, hidden_MD, targets_M, kept_MX))
     return logp.reshape(-1), entropy.reshape(-1)
 
 
@@ -177,13 +177,13 @@ def _split(rows, *arrays):
     return tuple(x.reshape(len(x) // rows, rows, *x.shape[1:]) for x in arrays)
 
 
-def _chunked_fwd(hidden_MD, head_DV, targets_M, kept_MK, rows, temperature):
-    out = _chunked(hidden_MD, head_DV, targets_M, kept_MK, rows, temperature)
-    return out, (hidden_MD, head_DV, targets_M, kept_MK)
+def _chunked_fwd(hidden_MD, head_DV, targets_M, kept_MX, rows, temperature):
+    out = _chunked(hidden_MD, head_DV, targets_M, kept_MX, rows, temperature)
+    return out, (hidden_MD, head_DV, targets_M, kept_MX)
 
 
 def _chunked_bwd(rows, temperature, residuals, cotangents):
-    hidden_MD, head_DV, targets_M, kept_MK = residuals
+    hidden_MD, head_DV, targets_M, kept_MX = residuals
     # Every part of the vocabulary holds a share of the cotangent.
     g_M = sharding.psum(cotangents[0], "vocab")
 
@@ -197,7 +197,7 @@ def _chunked_bwd(rows, temperature, residuals, cotangents):
         return dhead, dhidden.astype(hidden_MD.dtype)
 
     start = jnp.zeros(head_DV.shape, jnp.float32)
-    chunks = _split(rows, hidden_MD, targets_M, kept_MK, g_M)
+    chunks = _split(rows, hidden_MD, targets_M, kept_MX, g_M)
     dhead, dhidden = jax.lax.scan(body, start, chunks)
     return dhidden.reshape(hidden_MD.shape), dhead.astype(head_DV.dtype), None, None
 

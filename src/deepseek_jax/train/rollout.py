@@ -309,7 +309,7 @@ def to_rows(collected: Collected, config: RolloutConfig, scale: Scale, length: i
     batch = Batch(ids_NS[:, :-1], ids_NS[:, 1:], weights, positions, segments)
     advantages_N = np.asarray(advantages_PG, np.float32).reshape(-1)
     return Rollout(
-        batch, advantages_N, sampler_logp_BT=sampler, kept_BTK=kept, experts_BTLK=experts
+        batch, advantages_N, sampler_logp_BT=sampler, kept_BTX=kept, experts_BTLK=experts
     )
 
 
