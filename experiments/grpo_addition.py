@@ -39,7 +39,8 @@ from deepseek_jax.train.loop import LoopConfig
 from deepseek_jax.train.objective import ObjectiveConfig
 from deepseek_jax.train.optim import OptimConfig
 from deepseek_jax.train.pretrain import PretrainConfig, pretrain
-from deepseek_jax.train.rollout import RewardConfig, RolloutConfig
+from deepseek_jax.train.reward_terms import RewardConfig
+from deepseek_jax.train.rollout import RolloutConfig
 
 Way = Literal["accuracy", "format", "random", "imitation"]
 MODEL = preset("tiny").replace(vocab_size=266, num_nextn_predict_layers=0)  # bytes, no merges

@@ -18,7 +18,7 @@ from deepseek_jax.train.grpo import grpo
 from deepseek_jax.train.logprobs import policy_output
 from deepseek_jax.train.loop import LoopConfig
 from deepseek_jax.train.objective import ObjectiveConfig
-from deepseek_jax.train.rollout import RewardConfig
+from deepseek_jax.train.reward_terms import RewardConfig
 from deepseek_jax.types import Batch
 from tests.configs import quick_jit
 from tests.train import policies

@@ -16,10 +16,10 @@ from deepseek_jax.data.tokenizer import train_bpe
 from deepseek_jax.model.transformer import abstract_params
 from deepseek_jax.rewards import Completion, RewardSum, Sample, Term
 from deepseek_jax.train import optim
+from deepseek_jax.train.learned_reward import LearnedReward
 from deepseek_jax.train.loop import divide_batch
 from deepseek_jax.train.reward_model import (
     HEAD,
-    LearnedReward,
     RewardModelConfig,
     bce_loss,
     make_loss,

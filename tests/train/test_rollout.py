@@ -10,9 +10,9 @@ from deepseek_jax.data.tasks import Task, TaskStream
 from deepseek_jax.data.tokenizer import train_bpe
 from deepseek_jax.generate import Completion, Engine, Sampling
 from deepseek_jax.rewards import RewardSum, Term
+from deepseek_jax.train.reward_terms import RewardConfig
 from deepseek_jax.train.rollout import (
     CompletionLog,
-    RewardConfig,
     RolloutConfig,
     Sampler,
     to_rows,

@@ -21,6 +21,7 @@ from rich.console import Console
 from deepseek_jax import distributed
 from deepseek_jax.cli.evaluate import EvalConfig, evaluate
 from deepseek_jax.cli.generate import ChatConfig, GenerateConfig, chat, generate
+from deepseek_jax.cli.rejection import RejectionSampleConfig, rejection_sample
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.convert import check_hf, convert_to_hf, convert_to_orbax
 from deepseek_jax.convert.to_hf import SHARD_SIZE
@@ -29,6 +30,7 @@ from deepseek_jax.plan.command import PlanConfig, plan
 from deepseek_jax.presets import PRESETS, preset
 from deepseek_jax.train.grpo import GrpoConfig, grpo
 from deepseek_jax.train.pretrain import PretrainConfig, pretrain
+from deepseek_jax.train.reward_model import RewardModelConfig, train_reward_model
 from deepseek_jax.train.run import Config, stored_config
 from deepseek_jax.train.sft import SftConfig, sft
 from deepseek_jax.types import UserError
@@ -129,6 +131,13 @@ def _evaluate(config: Annotated[EvalConfig, tyro.conf.arg(name="")]) -> None:
     evaluate(config)
 
 
+def _rejection_sample(
+    config: Annotated[RejectionSampleConfig, tyro.conf.arg(name="")],
+) -> None:
+    """Keep a policy's right, readable and different answers, to fine-tune on (R1's stage 3)."""
+    rejection_sample(config)
+
+
 def _cache_folder() -> Path:
     # Not in the run's directory: compiled programs are code, and those directories change hands.
     # By the processor's features: on another one, XLA's programs for CPUs may not run.
@@ -180,12 +189,21 @@ def main(args: list[str] | None = None) -> None:
         """Reinforcement learning from rewards that rules give (GRPO)."""
         grpo(_as_stored(config, words[1:]))
 
+    def reward_model(
+        config: Annotated[RewardModelConfig, tyro.conf.arg(name="")],
+        machine: Annotated[Machine, tyro.conf.arg(name="")] = Machine(),
+    ) -> None:
+        """Learn what people prefer, from pairs or grades, for `grpo --reward-model`."""
+        train_reward_model(config)
+
     with _ends_in_a_sentence(), _started(words), _REGISTRY:
         tyro.extras.subcommand_cli_from_dict(
             {
                 "pretrain": command,
                 "sft": fine_tune,
+                "reward-model": reward_model,
                 "grpo": reinforce,
+                "rejection-sample": _rejection_sample,
                 "convert": _convert,
                 "generate": _generate,
                 "chat": _chat,
@@ -227,7 +245,8 @@ def _started(words: list[str]) -> Iterator[None]:
     A process that then finds its input bad, because a file is missing on its host, say, can tell
     the others instead of leaving them to wait for it.
     """
-    if words[:1] not in (["pretrain"], ["sft"], ["grpo"]) or not {"-h", "--help"}.isdisjoint(words):
+    training = (["pretrain"], ["sft"], ["reward-model"], ["grpo"])
+    if words[:1] not in training or not {"-h", "--help"}.isdisjoint(words):
         yield
         return
     machine, _ = tyro.cli(Machine, args=words[1:], return_unknown_args=True)

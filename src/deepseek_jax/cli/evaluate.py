@@ -1,7 +1,7 @@
 """``deepseek-jax eval``: tasks judged by rules, and text measured in bits per byte."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +13,8 @@ from rich.progress import Progress
 from deepseek_jax.cli.serving import Opened, ServingConfig, opened
 from deepseek_jax.data.pipeline import DataConfig, EvalBatch, eval_batches
 from deepseek_jax.data.prompts import Prompter, PromptStyle
-from deepseek_jax.data.tasks import open_tasks
-from deepseek_jax.evaluate import solve
+from deepseek_jax.data.tasks import Task, open_tasks
+from deepseek_jax.evaluate import Solved, solve
 from deepseek_jax.report import summary_table
 from deepseek_jax.rewards.verifiers import Verifier, verifier
 from deepseek_jax.sharding import param_shardings
@@ -24,19 +24,25 @@ from deepseek_jax.types import TrainState, UserError
 
 
 @dataclass(frozen=True)
-class EvalConfig(ServingConfig):
-    """What to measure."""
+class SolvingConfig(ServingConfig):
+    """A model, and what it is asked."""
 
     tasks: str | None = None
     """JSON lines with `prompt` and `answer`, or tasks to generate: add:3, rg:chain_sum."""
-    text: tuple[str, ...] = ()
-    """Instead: files or folders of text; perplexity and bits per byte."""
     verifier: Verifier = "auto"
     """How an answer, in <answer> or \\boxed, is compared; auto: as generated tasks want it,
     exactly otherwise."""
     prompt_style: PromptStyle = "plain"
     samples: int = 1
-    """Attempts at each task, for pass@k and maj@k."""
+    """Attempts at each task."""
+
+
+@dataclass(frozen=True)
+class EvalConfig(SolvingConfig):
+    """What to measure."""
+
+    text: tuple[str, ...] = ()
+    """Instead: files or folders of text; perplexity and bits per byte."""
     limit: int = 200
     """Tasks to generate."""
     seq_len: int = 1024
@@ -68,21 +74,7 @@ def evaluate(config: EvalConfig) -> dict[str, float]:
 def _on_tasks(config: EvalConfig, ready: Opened) -> dict[str, float]:
     assert config.tasks is not None
     tasks = list(open_tasks(config.tasks, size=config.limit))
-    template = ready.template() if config.prompt_style == "chat" else None
-    prompter = Prompter(config.prompt_style, ready.tokenizer, template)
-    longest = max(len(prompter.ids(task.prompt)) for task in tasks)
-    engine = ready.engine(config, longest)
-    with Progress() as progress:
-        bar = progress.add_task("solving", total=len(tasks) * config.samples)
-        solved = solve(
-            engine,
-            prompter,
-            tasks,
-            verifier(config.verifier, config.tasks),
-            config.sampling,
-            config.samples,
-            lambda: progress.advance(bar),
-        )
+    solved = attempt(config, ready, tasks)
     if config.out is not None:
         attempts = config.out.with_suffix(".jsonl")
         attempts.parent.mkdir(parents=True, exist_ok=True)
@@ -97,6 +89,23 @@ def _on_tasks(config: EvalConfig, ready: Opened) -> dict[str, float]:
                     }
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
     return {"tasks": float(len(tasks))} | solved.scalars()
+
+
+def attempt(config: SolvingConfig, ready: Opened, tasks: Sequence[Task]) -> Solved:
+    """Every task ``samples`` times, judged. To be used under ``set_mesh``."""
+    assert config.tasks is not None
+    template = ready.template() if config.prompt_style == "chat" else None
+    prompter = Prompter(config.prompt_style, ready.tokenizer, template)
+    longest = max(len(prompter.ids(task.prompt)) for task in tasks)
+    engine = ready.engine(config, longest)
+    judge = verifier(config.verifier, config.tasks)
+    with Progress() as progress:
+        bar = progress.add_task("solving", total=len(tasks) * config.samples)
+
+        def advance() -> None:
+            progress.advance(bar)
+
+        return solve(engine, prompter, tasks, judge, config.sampling, config.samples, advance)
 
 
 def _on_text(config: EvalConfig, ready: Opened) -> dict[str, float]:

@@ -26,6 +26,8 @@ class Task(NamedTuple):
     """What a reward compares with: an answer, or tests as JSON."""
     fields: Mapping[str, Any] = {}
     """Whatever else its source says of it."""
+    general: bool = False
+    """Nothing to be right about: what people prefer decides (R1 section 2.3.4)."""
 
 
 def open_tasks(source: str, *, size: int = 10_000, seed: int = 0) -> Sequence[Task]:
@@ -53,11 +55,12 @@ def open_tasks(source: str, *, size: int = 10_000, seed: int = 0) -> Sequence[Ta
 
 
 def read_jsonl(
-    path: Path, prompt_field: str = "prompt", answer_field: str = "answer"
+    path: Path, prompt_field: str = "prompt", answer_field: str | None = "answer"
 ) -> list[Task]:
     """One task a line; blank lines are passed over, other fields are kept.
 
     An answer that is not a string is kept as JSON: ``7`` as ``"7"``, tests as what they are.
+    Without ``answer_field`` the tasks are general ones: prompts that have no right answer.
 
     Raises:
         UserError: The file or a line of it cannot be read.
@@ -79,9 +82,13 @@ def read_jsonl(
             raise UserError(f"{where} is not JSON ({error}): mend it") from error
         if not isinstance(record, dict):
             raise UserError(f"{where} is not a JSON object: mend it")
-        prompt, answer = record.pop(prompt_field, None), record.pop(answer_field, None)
+        prompt = record.pop(prompt_field, None)
         if not isinstance(prompt, str) or not prompt.strip():
             raise UserError(f'{where} has no text under "{prompt_field}": mend it')
+        if answer_field is None:
+            tasks.append(Task(prompt, "", record, general=True))
+            continue
+        answer = record.pop(answer_field, None)
         if answer is None:
             raise UserError(f'{where} has nothing under "{answer_field}": mend it')
         tasks.append(
@@ -286,3 +293,48 @@ class TaskStream(Iterator[Task]):
 
     def _permutation(self) -> np.ndarray:
         return np.random.default_rng((self._seed, self._epoch)).permutation(len(self._tasks))
+
+
+class MixedStream(Iterator[Task]):
+    """Tasks of several streams in fixed shares: after n, each has given its share to within one.
+
+    Raises:
+        UserError: a share that is not positive.
+    """
+
+    def __init__(self, streams: Sequence[TaskStream], shares: Sequence[float]):
+        if len(streams) != len(shares) or min(shares) <= 0:
+            raise UserError(f"each source of tasks needs a share above 0, not {list(shares)}.")
+        self._streams, self._given = streams, [0] * len(streams)
+        self._shares = [share / sum(shares) for share in shares]
+
+    def __next__(self) -> Task:
+        asked = sum(self._given) + 1
+        owed = [s * asked - n for s, n in zip(self._shares, self._given, strict=True)]
+        which = owed.index(max(owed))
+        self._given[which] += 1
+        return next(self._streams[which])
+
+    def take(self, count: int) -> list[Task]:
+        """The next ``count`` tasks."""
+        return [next(self) for _ in range(count)]
+
+    def get_state(self) -> dict[str, Any]:
+        """Where it is; JSON values."""
+        states = [stream.get_state() for stream in self._streams]
+        return {"shares": self._shares, "given": list(self._given), "streams": states}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Continue from what ``get_state`` returned.
+
+        Raises:
+            UserError: The sources, their tasks or their shares are others.
+        """
+        if state.get("shares") != self._shares:
+            raise UserError(
+                "the sources of tasks or their shares are not those that the run began with; "
+                "restore them, or start a new run."
+            )
+        self._given = list(state["given"])
+        for stream, own in zip(self._streams, state["streams"], strict=True):
+            stream.set_state(own)

@@ -8,7 +8,7 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -24,6 +24,12 @@ class Term(NamedTuple):
     name: str
     weight: float
     reward: Reward | BatchReward
+    on: Literal["all", "reasoning", "general"] = "all"
+    """The samples it judges: with a right answer, or without one (R1 section 2.3.4)."""
+
+    def judges(self, sample: Sample) -> bool:
+        """Whether the term has something to say of the sample."""
+        return self.on == "all" or sample.general == (self.on == "general")
 
 
 class RewardReport(NamedTuple):
@@ -32,7 +38,7 @@ class RewardReport(NamedTuple):
     total_B: Float[np.ndarray, "B"]
     """What to learn from: the sum of weight times reward."""
     rewards_KB: Float[np.ndarray, "K B"]
-    """Each term's own, unweighted; 0 where it failed."""
+    """Each term's own, unweighted; 0 where it failed, NaN where it does not judge."""
     raised_K: Int[np.ndarray, "K"]
     """Samples for which a term raised, or gave what is no finite number."""
     hung_K: Int[np.ndarray, "K"]
@@ -44,13 +50,18 @@ class RewardReport(NamedTuple):
     def metrics(self) -> dict[str, float]:
         """Mean reward in all, and of each term; failures where there are any."""
         figures = {"reward": float(self.total_B.mean())}
-        for name, mean in zip(self.names, self.rewards_KB.mean(1), strict=True):
-            figures[f"reward/{name}"] = float(mean)
+        figures |= term_means(self.names, self.rewards_KB)
         for word, counts in (("raised", self.raised_K), ("hung", self.hung_K)):
             for name, count in zip(self.names, counts, strict=True):
                 if count:
                     figures[f"reward_{word}/{name}"] = float(count)
         return figures
+
+
+def term_means(names: Sequence[str], rewards_KB: Float[np.ndarray, "K B"]) -> dict[str, float]:
+    """``reward/name``: each term's mean over what it judges; none where that is nothing."""
+    pairs = zip(names, (row[~np.isnan(row)] for row in rewards_KB), strict=True)
+    return {f"reward/{name}": float(row.mean()) for name, row in pairs if len(row)}
 
 
 class RewardSum:
@@ -83,11 +94,14 @@ class RewardSum:
             UserError: called outside the main thread with a term that only a signal can stop.
         """
         K, B = len(self._terms), len(samples)
-        rewards_KB = np.zeros((K, B))
+        rewards_KB = np.full((K, B), np.nan)
         raised_K, hung_K = np.zeros(K, int), np.zeros(K, int)
         first_error: str | None = None
         for k, term in enumerate(self._terms):
-            for b, value in enumerate(self._score(term, samples)):
+            judged = [b for b, sample in enumerate(samples) if term.judges(sample)]
+            values = self._score(term, [samples[b] for b in judged]) if judged else []
+            for b, value in zip(judged, values, strict=True):
+                rewards_KB[k, b] = 0.0
                 if isinstance(value, float) and math.isfinite(value):
                     rewards_KB[k, b] = value
                     continue
@@ -97,7 +111,7 @@ class RewardSum:
         weights_K = np.array([term.weight for term in self._terms], float)
         names = tuple(term.name for term in self._terms)
         return RewardReport(
-            weights_K @ rewards_KB, rewards_KB, raised_K, hung_K, names, first_error
+            weights_K @ np.nan_to_num(rewards_KB), rewards_KB, raised_K, hung_K, names, first_error
         )
 
     def _score(self, term: Term, samples: Sequence[Sample]) -> Sequence[float | Exception]:
@@ -151,7 +165,7 @@ class RewardSum:
 
 def _attempt(reward: Reward, sample: Sample) -> float | Exception:
     try:
-        return float(reward(*sample))
+        return float(reward(sample.prompt, sample.completion, sample.reference))
     except Exception as error:
         return error
 

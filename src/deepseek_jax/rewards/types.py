@@ -21,6 +21,8 @@ class Sample(NamedTuple):
     completion: Completion
     reference: str
     """The right answer, or what else the reward compares with (tests of a program)."""
+    general: bool = False
+    """There is no right answer: what is wanted is what people would prefer."""
 
 
 # reward(prompt, completion, reference). Parameters of a reward are bound by functools.partial.

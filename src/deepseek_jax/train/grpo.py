@@ -29,7 +29,15 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.convert.sidecars import copy_sidecars
 from deepseek_jax.data.chat import ChatTemplate
 from deepseek_jax.data.prompts import Prompter, PromptStyle
-from deepseek_jax.data.tasks import Split, TaskStream, open_tasks, split
+from deepseek_jax.data.tasks import (
+    MixedStream,
+    Split,
+    Task,
+    TaskStream,
+    open_tasks,
+    read_jsonl,
+    split,
+)
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.evaluate import solve
 from deepseek_jax.generate import Engine, EngineConfig, Sampling
@@ -50,10 +58,10 @@ from deepseek_jax.train.optim import (
     reference_params,
     refreshed_reference,
 )
+from deepseek_jax.train.reward_terms import RewardConfig
 from deepseek_jax.train.rollout import (
     Collected,
     CompletionLog,
-    RewardConfig,
     RolloutConfig,
     Sampler,
     to_rows,
@@ -113,6 +121,11 @@ class GrpoConfig(RunConfig):
     """Of what is generated, and of the order."""
     held_out_fraction: float = 0.05
     """Share of the tasks kept for evaluation, chosen by content."""
+    general: Path | None = None
+    """Further prompts, JSON lines with `prompt`, that have no right answer: judged by
+    ``reward_model`` (R1 section 2.3.4)."""
+    general_share: float = 0.5
+    """Their share of the questions."""
     prompt_style: PromptStyle = "r1_zero"
     rewards: RewardConfig = field(default_factory=RewardConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -138,6 +151,8 @@ class GrpoConfig(RunConfig):
             raise UserError("name the questions with --tasks: a .jsonl file, add:3, rg:chain_sum.")
         if min(self.epochs, self.eval_tasks, self.eval_samples, self.show_every) < 1:
             raise UserError("epochs, eval_tasks, eval_samples and show_every must be at least 1.")
+        if not 0 < self.general_share < 1:
+            raise UserError(f"general_share={self.general_share} must lie between 0 and 1.")
         size, rows = self.loop.batch_size, self.rollout.rows
         if rows % size:
             raise UserError(
@@ -192,8 +207,14 @@ def grpo(config: GrpoConfig, terms: Sequence[Term] | None = None) -> GrpoResult 
     prompter = Prompter(config.prompt_style, tokenizer, template)
     found = open_tasks(config.tasks, size=config.num_tasks, seed=config.task_seed)
     tasks = split(found, config.held_out_fraction)
+    general = [] if config.general is None else read_jsonl(config.general, answer_field=None)
     if terms is None:
         terms = config.rewards.terms(config.tasks, config.rollout.sampling.max_new_tokens)
+        terms += config.rewards.learned(config.mesh, config.precision)
+        if bool(general) != (config.rewards.reward_model is not None):
+            raise UserError(
+                "--general PROMPTS and --reward-model RUN go together: give both, or none."
+            )
     learning_rate(config.optim, config.updates)  # complains now of what cannot be
     claim = functools.partial(
         claim_run_directory,
@@ -204,7 +225,7 @@ def grpo(config: GrpoConfig, terms: Sequence[Term] | None = None) -> GrpoResult 
     )
     claim(dry_run=True)
     with jax.set_mesh(mesh):
-        trainer = _Trainer(config, model_config, mesh, prompter, tasks, terms)
+        trainer = _Trainer(config, model_config, mesh, prompter, tasks, general, terms)
         keep = {"keep_last": config.loop.keep_last, "keep_every": config.loop.keep_every}
         with Checkpointer(config.out, **keep) as saver:
             restored = saver.restore_latest(trainer.abstract) if config.resume else None
@@ -233,9 +254,11 @@ class _Trainer:
         mesh: Mesh,
         prompter: Prompter,
         tasks: Split,
+        general: list[Task],
         terms: Sequence[Term],
     ):
         self.config, self.mesh, self.prompter, self.tasks = config, mesh, prompter, tasks
+        self.general = general
         self.model = DeepSeekV3(model_config, config.precision, config.remat, config.parallel)
         # The policy does without the MTP modules: they stay as they are.
         parts = [make_optimizer(config.optim, config.updates, in_mtp)]
@@ -245,7 +268,7 @@ class _Trainer:
         self.score = make_scorer(self.model, config.rollout.sampling.temperature)
         self.rewards, self.names = RewardSum(terms), [term.name for term in terms]
         self.verifier = verifier(config.rewards.verifier, config.tasks)
-        self.longest = longest_prompt(prompter, tasks)
+        self.longest = longest_prompt(prompter, [*tasks.train, *tasks.held_out, *general])
         limit = model_config.max_position_embeddings
         self.engine_length = self.longest + config.rollout.sampling.max_new_tokens
         if self.engine_length > limit:
@@ -282,7 +305,7 @@ class _Trainer:
         """All steps, and an evaluation before and after."""
         config, loop = self.config, self.config.loop
         first = restored.step if restored else 0
-        stream = TaskStream(self.tasks.train, seed=config.task_seed)
+        stream = self.stream()
         monitor = LossMonitor(max_consecutive=loop.max_skips)
         if restored is not None:
             stream.set_state(restored.data_states[0])
@@ -373,6 +396,14 @@ class _Trainer:
             ready.append(rollout)
         return [ready[i] for _ in range(config.epochs) for i in rng.permutation(len(ready))]
 
+    def stream(self) -> TaskStream | MixedStream:
+        """The questions of the run, in order."""
+        share, seed = self.config.general_share, self.config.task_seed
+        reasoning = TaskStream(self.tasks.train, seed=seed)
+        if not self.general:
+            return reasoning
+        return MixedStream([reasoning, TaskStream(self.general, seed=seed)], [1 - share, share])
+
     def evaluate(self, engine: Engine, state: TrainState) -> dict[str, float]:
         """On tasks held out: greedily, and k times at the temperature of training."""
         config, how = self.config, self.config.rollout.sampling
@@ -461,6 +492,6 @@ def refresh_reference(state: TrainState) -> TrainState:
     return state._replace(opt_state=refreshed_reference(state.opt_state, state.params))
 
 
-def longest_prompt(prompter: Prompter, tasks: Split) -> int:
+def longest_prompt(prompter: Prompter, tasks: Sequence[Task]) -> int:
     """In tokens, of all tasks: every row has room for it, so that nothing is compiled twice."""
-    return max(len(prompter.ids(task.prompt)) for side in tasks for task in side)
+    return max(len(prompter.ids(task.prompt)) for task in tasks)

@@ -5,8 +5,8 @@ with a grade (safety: 0 or 1). A row of a ``Batch`` is one conversation; ``loss_
 its last token alone, and there ``targets_BT`` holds its grade, if it has one.
 """
 
-import functools
 import json
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,9 +22,8 @@ from deepseek_jax.checkpoint import Checkpointer, claim_run_directory, load_para
 from deepseek_jax.checkpoint.run_directory import read_run
 from deepseek_jax.config import ModelConfig, Precision
 from deepseek_jax.data.tokenizer import Tokenizer
-from deepseek_jax.model.transformer import DeepSeekV3, logical_axes, sharded_params
-from deepseek_jax.report import MetricsWriter
-from deepseek_jax.rewards import Sample
+from deepseek_jax.model.transformer import DeepSeekV3, sharded_params
+from deepseek_jax.report import MetricsWriter, Progress
 from deepseek_jax.train.loop import divide_batch, jit_step, to_json
 from deepseek_jax.train.losses import LossParts, Totals, hidden_states
 from deepseek_jax.train.optim import OptimConfig, make_optimizer
@@ -247,13 +246,21 @@ def train_reward_model(config: RewardModelConfig) -> None:
             make_train_step(model, tx, loss_fn, lambda step: config.bias_speed), state
         )
         batches = _batches(config, examples, tokenizer)
-        with Checkpointer(config.out) as saver, MetricsWriter(config.out) as writer:
+        with (
+            Checkpointer(config.out) as saver,
+            MetricsWriter(config.out) as writer,
+            Progress(steps) as progress,
+        ):
             for step in range(1, steps + 1):
+                began = time.perf_counter()
                 batch = feed.place([feed.own(next(batches))])
                 state, metrics = step_fn(state, batch, np.float32(np.inf))
                 metrics = jax.device_get(metrics)
                 del metrics["load_LE"]
                 writer.write(step, metrics)
+                rate = batch.tokens_BT.size / (time.perf_counter() - began)
+                shown = {"loss": metrics["loss"], "accuracy": metrics["accuracy"]}
+                progress.update(step, tokens_per_s=rate, **shown)
             saver.save(steps, state, data_state={}, rng=jax.random.key(config.seed))
 
 
@@ -305,81 +312,3 @@ def _fresh_state(
     )
     opt_state = jax.jit(tx.init, out_shardings=where.opt_state)(params)
     return TrainState(step, params, opt_state, bias_LE)
-
-
-# --- use --------------------------------------------------------------------------------------
-
-
-class LearnedReward:
-    """Scores by a trained reward model: a ``rewards.BatchReward``.
-
-    Args:
-        directory: the run directory of ``train_reward_model``.
-        seq_len: longest conversation; a longer one gets no verdict.
-        rows: how many at a time.
-        mesh: over which the model is divided.
-        precision: of the computation.
-        squash: sigmoid of the score, from 0 to 1: a grade for ``bce``, and a bound on what a
-            policy can gain from a pairwise model's mistakes.
-
-    Raises:
-        UserError: the directory holds no reward model.
-    """
-
-    def __init__(
-        self,
-        directory: Path,
-        *,
-        seq_len: int = 1024,
-        rows: int = 16,
-        mesh: str = "data=-1",
-        precision: Precision = Precision(),  # noqa: B008 (immutable)
-        squash: bool = True,
-    ):
-        run = read_run(directory)
-        if run.get("stage") != "reward_model":
-            raise UserError(f"{directory} holds a {run.get('stage')} run, not a reward model.")
-        self._mesh = sharding.make_mesh(mesh)
-        self._model = make_model(ModelConfig.from_hf(run["model"]), precision)
-        with jax.set_mesh(self._mesh):
-            self._params, bias_LE, _ = load_params(
-                directory, sharded_params(self._model, self._mesh)
-            )
-        self._bias_LE = np.asarray(bias_LE)
-        self._tokenizer = Tokenizer.load(directory / "tokenizer.json")
-        self._seq_len, self._squash = seq_len, squash
-        self._feed = divide_batch(rows, seq_len, self._mesh)
-        self._rows = rows
-
-    def score(self, samples: Sequence[Sample]) -> list[float]:
-        """The score of each sample; NaN for what is too long."""
-        encoded = [encode(self._tokenizer, s.prompt, s.completion.text) for s in samples]
-        found = np.full(len(samples), np.nan)
-        fitting = [i for i, row in enumerate(encoded) if len(row) <= self._seq_len]
-        for first in range(0, len(fitting), self._rows):
-            chosen = fitting[first : first + self._rows]
-            rows = [encoded[i] for i in chosen]
-            rows += [rows[0]] * (self._rows - len(rows))
-            batch = make_rows(rows, [0] * len(rows), self._seq_len)
-            with jax.set_mesh(self._mesh):
-                placed = self._feed.place([self._feed.own(batch)])
-                values = _score_rows(self._model, self._params, self._bias_LE, placed)
-            found[chosen] = np.asarray(values)[: len(chosen)]
-        if self._squash:
-            found = (1 + np.tanh(found / 2)) / 2  # the sigmoid, without overflow
-        return found.tolist()
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _score_rows(model: RewardModel, params: Params, bias_LE: Any, batch_1BT: Batch) -> jax.Array:
-    mesh = jax.sharding.get_abstract_mesh()
-    specs = sharding.param_specs(mesh, logical_axes(model), params)
-    rows = sharding.spec("batch", "sequence")
-
-    def per_device(params: Params, bias_LE: jax.Array, batch: Batch) -> jax.Array:
-        return scores(model, params, bias_LE, batch).scores_B
-
-    run = sharding.per_device(
-        per_device, (specs, sharding.spec(), Batch(*[rows] * 5)), sharding.spec("batch")
-    )
-    return run(params, bias_LE, Batch(*(x[0] for x in batch_1BT)))

@@ -5,7 +5,6 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -15,59 +14,17 @@ from jaxtyping import Float
 
 from deepseek_jax import distributed
 from deepseek_jax.data.prompts import Prompter
-from deepseek_jax.data.tasks import Task, TaskStream
+from deepseek_jax.data.tasks import MixedStream, Task, TaskStream
 from deepseek_jax.generate import Completion, Engine, Sampling, completion_text, text_request
 from deepseek_jax.rewards import Completion as Said
 from deepseek_jax.rewards import (
     RewardReport,
     RewardSum,
     Sample,
-    Term,
-    brevity,
-    language_consistency,
-    soft_overlong,
-    think_answer_format,
 )
-from deepseek_jax.rewards.verifiers import Verifier, verifier
+from deepseek_jax.rewards.total import term_means
 from deepseek_jax.train.objective import Scale, group_advantages, has_spread
 from deepseek_jax.types import Batch, Rollout, UserError
-
-
-@dataclass(frozen=True)
-class RewardConfig:
-    """What is rewarded; R1-Zero: accuracy and format alike, by rules alone (section 2.2)."""
-
-    verifier: Verifier = "auto"
-    """How an answer, in <answer> or \\boxed, is compared; auto: as generated tasks want it,
-    exactly otherwise."""
-    accuracy_weight: float = 1.0
-    format_weight: float = 1.0
-    """Of <think>...</think><answer>...</answer> and nothing else."""
-    language: str | None = None
-    """Add the share of the thinking's words in this language (R1 section 2.3.2), as in ``en``."""
-    overlong_buffer: int = 0
-    """Tokens before ``max_new_tokens`` over which the reward falls by 1 (DAPO Eq. 13); 0: off."""
-    brevity_weight: float = 0.0
-    """Of a reward that falls with the length."""
-
-    def terms(self, source: str, max_tokens: int) -> list[Term]:
-        """The rewards of tasks from ``source``; accuracy and format are reported at any weight."""
-        terms = [
-            Term("accuracy", self.accuracy_weight, verifier(self.verifier, source)),
-            Term("format", self.format_weight, think_answer_format),
-        ]
-        if self.language is not None:
-            language = partial(language_consistency, language=self.language)
-            language("", Said("", 0), "")  # complains now of a language that is not known
-            terms.append(Term("language", 1.0, language))
-        if self.overlong_buffer:
-            overlong = partial(soft_overlong, max_tokens=max_tokens, buffer=self.overlong_buffer)
-            overlong("", Said("", 0), "")
-            terms.append(Term("overlong", 1.0, overlong))
-        if self.brevity_weight:
-            short = partial(brevity, max_tokens=max_tokens)
-            terms.append(Term("brevity", self.brevity_weight, short))
-        return terms
 
 
 @dataclass(frozen=True)
@@ -135,7 +92,7 @@ class Group(NamedTuple):
     rewards_G: Float[np.ndarray, "G"]
     """Total, as learnt from."""
     terms_KG: Float[np.ndarray, "K G"]
-    """Each reward's own, unweighted."""
+    """Each reward's own, unweighted; NaN where it does not judge."""
 
     @property
     def spread(self) -> bool:
@@ -164,7 +121,7 @@ class Sampler:
         config: RolloutConfig,
         engine: Engine,
         prompter: Prompter,
-        stream: TaskStream,
+        stream: TaskStream | MixedStream,
         rewards: RewardSum,
     ):
         self.config, self.engine, self.prompter = config, engine, prompter
@@ -206,7 +163,8 @@ class Sampler:
                 text = completion_text(tokenizer, done)
                 said = Said(text, len(done.tokens), done.finish == "length")
                 completions.append(done)
-                samples.append(Sample(self.prompter.text(task.prompt), said, task.answer))
+                asked = self.prompter.text(task.prompt)
+                samples.append(Sample(asked, said, task.answer, task.general))
         report = self._judge(samples)
         if config.truncated == "fail":
             cut_B = np.array([sample.completion.truncated for sample in samples])
@@ -250,7 +208,7 @@ class Sampler:
         failed = sum(int((r.raised_K + r.hung_K).sum()) for r in reports)
         return {
             "reward": float(rewards_PG.mean()),
-            **{f"reward/{k}": float(v) for k, v in zip(names, terms_KB.mean(1), strict=True)},
+            **term_means(names, terms_KB),
             "reward_failures": float(failed),
             "reward_spread": float(rewards_PG.std(1).mean()),
             "groups_without_spread": float(1 - np.mean([group.spread for group in groups])),
@@ -343,7 +301,7 @@ class CompletionLog:
                         "completion": sample.completion.text,
                         "answer": group.task.answer,
                         "reward": float(group.rewards_G[i]),
-                        "rewards": dict(terms),
+                        "rewards": {k: value for k, value in terms if not np.isnan(value)},
                         "tokens": sample.completion.num_tokens,
                         "truncated": sample.completion.truncated,
                     }
@@ -354,7 +312,8 @@ def transcript(group: Group) -> str:
     """The best and the worst answer to a question, for the console."""
     order = np.argsort(-group.rewards_G, kind="stable")
     chosen = dict.fromkeys((int(order[0]), int(order[-1])))
-    lines = [f"{group.samples[0].prompt}    [answer {group.task.answer}]"]
+    right = "" if group.task.general else f"    [answer {group.task.answer}]"
+    lines = [group.samples[0].prompt + right]
     for i in chosen:
         said = group.samples[i].completion
         cut = " (cut off)" if said.truncated else ""

@@ -1,0 +1,63 @@
+"""``deepseek-jax rejection-sample``: a policy's own good answers, to fine-tune on."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+
+from deepseek_jax.cli.evaluate import SolvingConfig, attempt
+from deepseek_jax.cli.serving import opened
+from deepseek_jax.data.prompts import PromptStyle
+from deepseek_jax.data.tasks import open_tasks, split
+from deepseek_jax.generate import Sampling
+from deepseek_jax.rejection import RejectionConfig, Sifted, sift
+from deepseek_jax.report import summary_table
+from deepseek_jax.types import UserError
+
+
+@dataclass(frozen=True)
+class RejectionSampleConfig(SolvingConfig):
+    """Whom to ask what, and what is kept of the answers."""
+
+    out: Path | None = None
+    """Where the answers kept go, as JSON lines for `sft --data`."""
+    limit: int = 10_000
+    """Tasks to ask, at the most."""
+    task_seed: int = 0
+    """Of tasks that are generated."""
+    held_out_fraction: float = 0.05
+    """Share of the tasks that is not asked: what GRPO holds out of the same tasks."""
+    rejection: RejectionConfig = field(default_factory=RejectionConfig)
+    prompt_style: PromptStyle = "chat"
+    samples: int = 16
+    """Answers to each task."""
+    sampling: Sampling = field(default_factory=lambda: Sampling(1024, temperature=1.0, top_p=1.0))
+
+    def __post_init__(self) -> None:
+        """Refuse to ask nothing, or to keep nothing."""
+        super().__post_init__()
+        if self.tasks is None or self.out is None:
+            raise UserError("rejection-sample takes --tasks and --out FILE.")
+
+
+def rejection_sample(config: RejectionSampleConfig) -> Sifted:
+    """Ask, judge, sift, and write what is left; a file appears when it is complete."""
+    assert config.tasks is not None
+    assert config.out is not None
+    if config.out.exists():
+        raise UserError(f"{config.out} exists; choose another --out, or remove it.")
+    with opened(config) as ready:
+        found = open_tasks(config.tasks, size=config.limit, seed=config.task_seed)
+        tasks = split(found, config.held_out_fraction).train[: config.limit]
+        sifted = sift(attempt(config, ready, tasks), tasks, config.rejection)
+    if not sifted.records:
+        raise UserError(f"no answer is fit to be kept of {sifted.counts}; sample more of them.")
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    partial = config.out.with_name(config.out.name + ".partial")
+    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in sifted.records)
+    partial.write_text("".join(lines), encoding="utf-8")
+    partial.replace(config.out)
+    rows = [{"answers": name, "number": count} for name, count in sifted.counts.items()]
+    Console().print(summary_table(rows))
+    return sifted
