@@ -21,7 +21,8 @@ class RejectionSampleConfig(SolvingConfig):
     """Whom to ask what, and what is kept of the answers."""
 
     out: Path | None = None
-    """Where the answers kept go, as JSON lines for `sft --data`."""
+    """Where the answers kept go, as JSON lines for `sft --data`; what became of the others is
+    counted beside it, in `.counts.json`."""
     limit: int = 10_000
     """Tasks to ask, at the most."""
     task_seed: int = 0
@@ -57,6 +58,8 @@ def rejection_sample(config: RejectionSampleConfig) -> Sifted:
     partial = config.out.with_name(config.out.name + ".partial")
     lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in sifted.records)
     partial.write_text("".join(lines), encoding="utf-8")
+    counts = json.dumps(sifted.counts, indent=1) + "\n"
+    config.out.with_suffix(".counts.json").write_text(counts, encoding="utf-8")
     partial.replace(config.out)
     rows = [{"answers": name, "number": count} for name, count in sifted.counts.items()]
     Console().print(summary_table(rows))

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _BLUE, _ORANGE, _GREY = "#1f5fa8", "#d1600f", "#6b6b6b"
+_STAGE_COLORS = (_BLUE, _ORANGE, "#3a8f4d", "#8a4fa3", _GREY)
 _STYLES = (":", "--", "-.")
 
 
@@ -74,6 +75,60 @@ def plot_rewards(
             short = name.removeprefix("reward/").removeprefix("eval_")
             axis.plot(steps, values, mark, color=color, markersize=4, label=short)
         _finish(axis, label)
+    figure.savefig(Path(path), dpi=160)
+
+
+def plot_stages(stages: Mapping[str, Mapping[str, float]], path: str | os.PathLike[str]) -> None:
+    """Draws held-out figures of successive stages: accuracy, form and language, length.
+
+    Args:
+        stages: by the stage's name, in order; ``greedy``, ``pass@1``, ``pass@4``, ``form``,
+            ``english``, ``kind`` (rates) and ``tokens``.
+        path: the PNG to write.
+    """
+    panels = [
+        ("held-out accuracy", ("greedy", "pass@1", "pass@4")),
+        ("rate", ("form", "english", "kind")),
+        ("tokens per answer", ("tokens",)),
+    ]
+    figure = _figure(13, 4)
+    for axis, (label, names) in zip(figure.subplots(1, 3), panels, strict=True):
+        for name, color in zip(names, (_BLUE, _ORANGE, _GREY), strict=False):
+            values = [row[name] for row in stages.values()]
+            axis.plot(range(len(stages)), values, "o-", color=color, markersize=4, label=name)
+        _finish(axis, label)
+        axis.set_xlim(-0.4, len(stages) - 0.6)
+        axis.set_xticks(range(len(stages)), list(stages), rotation=60, ha="right", fontsize=8)
+        axis.set_xlabel("")
+        axis.set_ylim(bottom=0)
+    figure.savefig(Path(path), dpi=160)
+
+
+def plot_chain(
+    runs: Mapping[str, Sequence[Mapping[str, float | int]]], path: str | os.PathLike[str]
+) -> None:
+    """Draws runs of reinforcement learning one after the other: rewards and length by step.
+
+    Args:
+        runs: by the stage's name, in order; from `read_metrics`.
+        path: the PNG to write.
+    """
+    panels = {
+        "reward/accuracy": "accuracy of rollouts",
+        "completion_tokens": "tokens per completion",
+        "reward/format": "format",
+        "reward/language": "words in the target language",
+        "reward/preference": "reward model's score",
+    }
+    figure = _figure(16, 3.2)
+    for axis, (name, label) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        start = 0.0
+        for (stage, metrics), color in zip(runs.items(), _STAGE_COLORS, strict=False):
+            steps, values = _series(metrics, name)
+            axis.plot(start + steps, values, color=color, linewidth=1.4, label=stage)
+            start += max((row["step"] for row in metrics), default=0)
+        _finish(axis, label)
+        axis.set_xlabel("step, stage after stage")
     figure.savefig(Path(path), dpi=160)
 
 

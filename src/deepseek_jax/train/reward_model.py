@@ -26,7 +26,7 @@ from deepseek_jax.model.transformer import DeepSeekV3, sharded_params
 from deepseek_jax.report import MetricsWriter, Progress
 from deepseek_jax.train.loop import divide_batch, jit_step, to_json
 from deepseek_jax.train.losses import LossParts, Totals, hidden_states
-from deepseek_jax.train.optim import OptimConfig, make_optimizer
+from deepseek_jax.train.optim import OptimConfig, bias_speed, make_optimizer
 from deepseek_jax.train.step import LossFn, abstract_state, make_train_step
 from deepseek_jax.types import Array, Batch, Params, TrainState, UserError
 
@@ -214,7 +214,6 @@ class RewardModelConfig:
     precision: Precision = field(default_factory=Precision)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(peak_lr=6e-6))
     """R1's rate."""
-    bias_speed: float = 0.001
     seed: int = 0
 
 
@@ -243,7 +242,7 @@ def train_reward_model(config: RewardModelConfig) -> None:
         state = _fresh_state(model, tx, policy, policy_bias, mesh)
         loss_fn = make_loss(model, config.kind, config.best_grade)
         step_fn = jit_step(
-            make_train_step(model, tx, loss_fn, lambda step: config.bias_speed), state
+            make_train_step(model, tx, loss_fn, bias_speed(config.optim, steps)), state
         )
         batches = _batches(config, examples, tokenizer)
         with (

@@ -1,0 +1,84 @@
+"""Stage 5: reinforcement learning for all scenarios (R1 section 2.3.4).
+
+Sums are rewarded by rules, requests by a reward model that has learnt from pairs of the policy's
+own replies which of them people prefer (here a rule, ``judge.kind``, stands for people).
+"""
+
+import random
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+from deepseek_jax.config import FLOAT32
+from deepseek_jax.data.tasks import Task
+from deepseek_jax.rewards import Completion, Sample
+from deepseek_jax.train.grpo import grpo
+from deepseek_jax.train.learned_reward import LearnedReward, summary
+from deepseek_jax.train.optim import OptimConfig
+from deepseek_jax.train.reward_model import RewardModelConfig, read_examples, train_reward_model
+from deepseek_jax.train.reward_terms import RewardConfig
+from experiments.r1.judge import Judge
+from experiments.r1.setting import Setting, learn, reinforcing
+from experiments.r1.text import World, write_lines
+
+
+def pairs(s: Setting, tasks: list[Task]) -> Iterator[dict[str, Any]]:
+    """The policy's replies two and two: kind, and not; what stands after the thinking alone."""
+    rng = random.Random(s.seed)
+    judge = Judge(s.out / "rejection", "chat", s.max_new_tokens)
+    solved = judge.ask(tasks, 1.0, 16, seed=s.seed + 1)
+    for row, samples in enumerate(solved.samples):
+        sides: tuple[list[str], list[str]] = ([], [])
+        for good, sample in zip(solved.correct_Pk[row], samples, strict=True):
+            said = summary(sample)
+            if said:
+                sides[0 if good else 1].append(said)
+        for chosen, rejected in list(zip(*map(rng.sample, sides, map(len, sides)), strict=False))[
+            :4
+        ]:
+            yield {"prompt": samples[0].prompt, "chosen": chosen, "rejected": rejected}
+
+
+def scenarios(s: Setting, known: World) -> dict[str, float]:
+    """The reward model, then GRPO; says how often the former is right on held-out pairs."""
+    write_lines(s.file("pairs"), lambda: pairs(s, known.requests))
+    write_lines(s.file("pairs_held_out"), lambda: pairs(s, known.held_out_requests))
+    judge = s.out / "reward_model"
+    if not (s.out / "reward_model.done").exists():  # seconds: not worth continuing
+        shutil.rmtree(judge, ignore_errors=True)
+        count = len(read_examples(s.file("pairs"), "pairwise"))
+        train_reward_model(
+            RewardModelConfig(
+                init=s.out / "rejection",
+                data=s.file("pairs"),
+                out=judge,
+                seq_len=128,
+                batch_size=min(32, count),
+                epochs=6,
+                precision=FLOAT32,
+                optim=OptimConfig(peak_lr=5e-4, min_lr=5e-5, final_lr=5e-5),
+                seed=s.seed,
+            )
+        )
+        (s.out / "reward_model.done").touch()
+    config = reinforcing(
+        s,
+        "scenarios",
+        "rejection",
+        s.scenario_steps,
+        RewardConfig(language="en", reward_model=judge),
+        temperature=0.7,
+        prompt_style="chat",
+        general=s.file("requests"),
+    )
+    learn(grpo, config)
+    return {"reward model, held-out pairs": agreement(s)}
+
+
+def agreement(s: Setting) -> float:
+    """Share of held-out pairs whose better reply the reward model prefers."""
+    model = LearnedReward(s.out / "reward_model", precision=FLOAT32)
+    found = read_examples(s.file("pairs_held_out"), "pairwise")
+    said = [Sample(e.prompt, Completion(r, 0), "") for e in found for r in e.responses]
+    scores = model.score(said)
+    return sum(a > b for a, b in zip(scores[::2], scores[1::2], strict=True)) / len(found)

@@ -1,0 +1,180 @@
+"""Sizes of the chain, and what its stages share."""
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deepseek_jax.config import FLOAT32, ModelConfig
+from deepseek_jax.data.pipeline import DataConfig
+from deepseek_jax.data.sft import ConversationConfig
+from deepseek_jax.generate import Sampling
+from deepseek_jax.presets import preset
+from deepseek_jax.train.grpo import GRPO_OPTIM, GrpoConfig
+from deepseek_jax.train.loop import LoopConfig
+from deepseek_jax.train.objective import ObjectiveConfig
+from deepseek_jax.train.optim import OptimConfig
+from deepseek_jax.train.pretrain import PretrainConfig
+from deepseek_jax.train.reward_terms import RewardConfig
+from deepseek_jax.train.rollout import RolloutConfig
+from deepseek_jax.train.run import RunConfig
+from deepseek_jax.train.sft import SFT_OPTIM, SftConfig
+from experiments.r1.text import HELD_OUT
+
+MODEL = preset("tiny").replace(vocab_size=266, num_nextn_predict_layers=0)  # bytes, no merges
+STUDENT = MODEL.replace(
+    hidden_size=64,
+    num_hidden_layers=2,
+    q_lora_rank=32,
+    kv_lora_rank=32,
+    qk_nope_head_dim=24,
+    qk_rope_head_dim=8,
+    v_head_dim=32,
+    intermediate_size=192,
+    moe_intermediate_size=64,
+    n_routed_experts=8,
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One chain; two minutes with ``quick``, which shows that it runs and nothing else."""
+
+    out: Path = Path("out/r1")
+    seed: int = 0
+    """Of weights, order and sampling; which prompts are held out does not change."""
+    quick: bool = False
+    """One-digit sums, a smaller model, few steps."""
+    digits: int = 2
+    pages: int = 24_000
+    base_steps: int = 500
+    zero_steps: int = 40
+    demonstrations: int = 300
+    cold_epochs: int = 6
+    reasoning_steps: int = 25
+    sampled_tasks: int = 1000
+    samples: int = 4
+    scenario_steps: int = 25
+    prompts: int = 16
+    group_size: int = 8
+    judged: int = 200
+    """Held-out sums of the table; five answers to each."""
+
+    def scaled(self) -> "Setting":
+        """What ``quick`` asks for."""
+        small = {"pages": 2000, "base_steps": 300, "demonstrations": 40, "sampled_tasks": 40}
+        few = dict.fromkeys(("zero_steps", "reasoning_steps", "scenario_steps"), 2)
+        return dataclasses.replace(self, digits=1, **small, **few) if self.quick else self
+
+    @property
+    def model(self) -> ModelConfig:
+        """The policy's."""
+        return STUDENT if self.quick else MODEL
+
+    @property
+    def max_new_tokens(self) -> int:
+        """The longest demonstration, with room to ramble."""
+        return 56 + 36 * self.digits
+
+    def file(self, name: str) -> Path:
+        """A data file of the chain."""
+        return self.out / "data" / f"{name}.jsonl"
+
+
+def pretraining(s: Setting, name: str, model: ModelConfig) -> PretrainConfig:
+    """The base's text, from random weights."""
+    return PretrainConfig(
+        out=s.out / name,
+        model=model,
+        precision=FLOAT32,
+        data=DataConfig(
+            source=(str(s.file("text")),),
+            seq_len=256,
+            fim_rate=0.0,
+            mask_documents=True,
+            held_out_fraction=0.02,
+            seed=s.seed,
+        ),
+        loop=LoopConfig(
+            steps=s.base_steps, batch_size=16, eval_every=0, save_every=100, init_seed=s.seed
+        ),
+        optim=OptimConfig(peak_lr=3e-3, min_lr=3e-4, final_lr=3e-4),
+        prompt="47+85=",
+        sample_tokens=60,
+    )
+
+
+def tuning(
+    s: Setting, name: str, init: str, data: tuple[str, ...], epochs: float, **changes: Any
+) -> SftConfig:
+    """SFT from the run ``init`` on files of conversations; cosine to a tenth, as R1's."""
+    return SftConfig(
+        out=s.out / name,
+        init=s.out / init,
+        precision=FLOAT32,
+        epochs=epochs,
+        conversations=ConversationConfig(
+            data=tuple(str(s.file(each)) for each in data), seq_len=256, data_seed=s.seed
+        ),
+        loop=LoopConfig(batch_size=16, eval_every=0, save_every=50),
+        optim=dataclasses.replace(SFT_OPTIM, peak_lr=2e-3, min_lr=2e-4, final_lr=2e-4),
+        sample_tokens=s.max_new_tokens,
+        **changes,
+    )
+
+
+def reinforcing(
+    s: Setting,
+    name: str,
+    init: str,
+    steps: int,
+    rewards: RewardConfig,
+    temperature: float = 1.0,
+    **changes: Any,
+) -> GrpoConfig:
+    """GRPO from the run ``init`` on the training sums; no KL term, one update a rollout."""
+    rows = s.prompts * s.group_size
+    return GrpoConfig(
+        out=s.out / name,
+        init=s.out / init,
+        precision=FLOAT32,
+        tasks=str(s.file("sums")),
+        task_seed=s.seed,
+        held_out_fraction=HELD_OUT,
+        rewards=dataclasses.replace(rewards, verifier="numeric"),
+        rollout=RolloutConfig(
+            prompts=s.prompts,
+            group_size=s.group_size,
+            sampling=Sampling(s.max_new_tokens, temperature=temperature, top_p=1.0, seed=s.seed),
+            slots=rows,
+        ),
+        objective=ObjectiveConfig(kl_coef=0.0),
+        loop=LoopConfig(steps=steps, batch_size=rows, eval_every=0, save_every=10),
+        optim=dataclasses.replace(
+            GRPO_OPTIM, constant_until=0.0, peak_lr=5e-4, min_lr=5e-5, final_lr=5e-5
+        ),
+        eval_tasks=32,
+        eval_samples=1,
+        show_every=20,
+        **changes,
+    )
+
+
+class Stopped(Exception):
+    """A stage was asked to stop, and has saved."""
+
+
+def learn(stage: Callable[[Any], Any], config: RunConfig) -> None:
+    """Run a stage, or continue the one that is there; a run without a checkpoint begins anew.
+
+    Raises:
+        Stopped: by a signal; the same call continues it.
+    """
+    if any(p.name.isdecimal() for p in (config.out / "checkpoints").glob("*")):
+        config = dataclasses.replace(config, resume=True)
+    else:
+        shutil.rmtree(config.out, ignore_errors=True)
+    if stage(config) is None:
+        raise Stopped(config.out.name)
