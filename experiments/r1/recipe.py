@@ -62,7 +62,7 @@ def write_data(s: Setting, known: World) -> None:
     write_lines(s.file("text"), lambda: base_text(known, s.digits, s.pages, s.seed))
     count = min(s.demonstrations, len(known.train))
     write_lines(s.file("demonstrations"), lambda: demonstrations(known, s.digits, count, s.seed))
-    write_lines(s.file("replies"), lambda: replies(known, s.sampled_tasks // 2, s.seed))
+    write_lines(s.file("replies"), lambda: replies(known, s.replies, s.seed))
 
 
 def claim(s: Setting) -> None:

@@ -4,6 +4,7 @@ Sums are rewarded by rules, requests by a reward model that has learnt from pair
 own replies which of them people prefer (here a rule, ``judge.kind``, stands for people).
 """
 
+import itertools
 import random
 import shutil
 from collections.abc import Iterator
@@ -33,9 +34,8 @@ def pairs(s: Setting, tasks: list[Task]) -> Iterator[dict[str, Any]]:
             said = summary(sample)
             if said:
                 sides[0 if good else 1].append(said)
-        for chosen, rejected in list(zip(*map(rng.sample, sides, map(len, sides)), strict=False))[
-            :4
-        ]:
+        kind, other = (rng.sample(side, len(side)) for side in sides)
+        for chosen, rejected in itertools.islice(zip(kind, other, strict=False), 4):
             yield {"prompt": samples[0].prompt, "chosen": chosen, "rejected": rejected}
 
 

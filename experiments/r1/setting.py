@@ -55,7 +55,10 @@ class Setting:
     cold_epochs: int = 6
     reasoning_steps: int = 25
     sampled_tasks: int = 1000
+    """Training sums that stages 4 and 6 ask, ``samples`` times each."""
     samples: int = 4
+    replies: int = 500
+    """General conversations of stage 4, written by the same rule as the base's."""
     scenario_steps: int = 25
     prompts: int = 16
     group_size: int = 8

@@ -3,6 +3,7 @@ import json
 import pytest
 
 from deepseek_jax.data.tasks import (
+    MixedStream,
     Task,
     TaskStream,
     addition,
@@ -10,6 +11,7 @@ from deepseek_jax.data.tasks import (
     addition_working,
     content_hash,
     open_tasks,
+    read_jsonl,
     reasoning_gym,
     split,
 )
@@ -203,3 +205,34 @@ def test_a_state_of_other_tasks_is_refused():
             other.set_state(state)
     with pytest.raises(UserError, match="no tasks"):
         TaskStream([])
+
+
+def test_streams_are_mixed_in_their_shares_and_resume_anywhere():
+    sums = addition(2, size=7)
+    general = [Task(f"Greet {name}.", "", general=True) for name in "ABC"]
+
+    def stream(shares=(3, 1)):
+        return MixedStream([TaskStream(sums, seed=3), TaskStream(general, seed=3)], shares)
+
+    flat = stream().take(40)
+    for count in range(41):
+        assert abs(sum(task.general for task in flat[:count]) - count / 4) < 1
+    for stop in (0, 1, 5, 17):
+        first = stream()
+        first.take(stop)
+        second = stream()
+        second.set_state(json.loads(json.dumps(first.get_state())))
+        assert second.take(6) == flat[stop : stop + 6]
+    for state in (stream().get_state(), TaskStream(sums).get_state()):
+        with pytest.raises(UserError, match="shares"):
+            stream((1, 1)).set_state(state)
+    with pytest.raises(UserError, match="share above 0"):
+        stream((1, 0))
+
+
+def test_prompts_without_answers_are_general(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "Greet Ada.", "id": 3}\n')
+    assert read_jsonl(path, answer_field=None) == [Task("Greet Ada.", "", {"id": 3}, True)]
+    with pytest.raises(UserError, match='nothing under "answer"'):
+        read_jsonl(path)

@@ -97,6 +97,29 @@ def test_each_term_is_reported_apart():
     )
 
 
+def test_a_term_judges_what_it_is_for():
+    """What it does not judge is neither in its mean nor in the sum, and is not put to it."""
+    asked = []
+
+    class Model:
+        def score(self, samples):
+            asked.extend(samples)
+            return [0.25] * len(samples)
+
+    general = Sample("", Completion("hello", 1), "", general=True)
+    terms = [Term("right", 1.0, numeric, "reasoning"), Term("liked", 2.0, Model(), "general")]
+    report = RewardSum([*terms, Term("half", 1.0, constant)])([*SAMPLES, general])
+    np.testing.assert_array_equal(report.rewards_KB[0], [1, 0, 0, np.nan])
+    np.testing.assert_array_equal(report.rewards_KB[1], [np.nan] * 3 + [0.25])
+    np.testing.assert_allclose(report.total_B, [1.5, 0.5, 0.5, 1.0])
+    assert asked == [general]
+    assert report.raised_K.sum() == 0
+    assert report.metrics() == pytest.approx(
+        {"reward": 3.5 / 4, "reward/right": 1 / 3, "reward/liked": 0.25, "reward/half": 0.5}
+    )
+    assert "reward/liked" not in RewardSum(terms)(SAMPLES).metrics()
+
+
 def test_failures_are_bounded_counted_and_worth_nothing():
     began = time.monotonic()
     terms = [

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,8 @@ from deepseek_jax.train.grpo import grpo
 from deepseek_jax.train.logprobs import policy_output
 from deepseek_jax.train.loop import LoopConfig
 from deepseek_jax.train.objective import ObjectiveConfig
+from deepseek_jax.train.optim import OptimConfig
+from deepseek_jax.train.reward_model import RewardModelConfig, train_reward_model
 from deepseek_jax.train.reward_terms import RewardConfig
 from deepseek_jax.types import Batch
 from tests.configs import quick_jit
@@ -194,12 +197,55 @@ def test_kept_routing_is_repeated_whatever_the_router_would_choose():
         ({"init": None}, "starts from a policy: name a run or a folder with --init"),
         ({"rewards": RewardConfig(language="xx")}, "language 'xx' is not one of"),
         ({"rewards": RewardConfig(overlong_buffer=9)}, "must lie between 1 and max_tokens=6"),
+        ({"general_share": 1.0}, "general_share=1.0 must lie between 0 and 1"),
+        ({"rewards": RewardConfig(reward_model=Path("nowhere"))}, "nowhere holds no run"),
     ],
 )
 def test_bad_input_ends_in_a_sentence(short, tmp_path, changes, sentence):
     with pytest.raises(UserError, match=sentence):
         grpo(config(tmp_path / "run", **{"init": short} | changes))
     assert not (tmp_path / "run").exists()
+
+
+def test_general_prompts_and_a_reward_model_go_together(short, tmp_path):
+    general = tmp_path / "general.jsonl"
+    general.write_text('{"prompt": "Greet Ada."}\n')
+    with pytest.raises(UserError, match="--general PROMPTS and --reward-model RUN go together"):
+        grpo(config(tmp_path / "run", short, general=general))
+
+
+@pytest.mark.slow
+def test_general_prompts_are_judged_by_a_reward_model_and_resumed(init, tmp_path):
+    general, pairs = tmp_path / "general.jsonl", tmp_path / "pairs.jsonl"
+    general.write_text("".join(f'{{"prompt": "Greet {name}."}}\n' for name in "ABC"))
+    pairs.write_text('{"prompt": "Greet A.", "chosen": "hi", "rejected": "?"}\n' * 8)
+    judge = RewardModelConfig(
+        init=init, data=pairs, out=tmp_path / "judge", seq_len=48, batch_size=4, mesh="data=1",
+        precision=FLOAT32, optim=OptimConfig(peak_lr=1e-3),
+    )  # fmt: skip
+    train_reward_model(judge)
+    changes = {
+        "general": general,
+        "rewards": RewardConfig(reward_model=judge.out),
+        "objective": NO_KL,
+    }
+    grpo(config(tmp_path / "whole", init, **changes))
+    grpo(config(tmp_path / "cut", init, loop=steps(2, batch_size=16), **changes))
+    grpo(config(tmp_path / "cut", init, resume=True, **changes))
+    assert said(tmp_path / "whole") == said(tmp_path / "cut")
+    lines = [row for row in metrics(tmp_path / "whole") if "loss" in row]
+    assert len(lines) == 4
+    for line in lines:
+        assert 0 < line["reward/preference"] < 1
+        # Random weights get no sum right; half of what is asked has a right answer.
+        assert line["reward"] == pytest.approx(line["reward/preference"] / 2)
+    rows = [json.loads(row) for row in (tmp_path / "whole/completions.jsonl").open()]
+    assert {tuple(row["rewards"]) for row in rows if row["prompt"].startswith("Greet")} == {
+        ("format", "preference")
+    }
+    assert {tuple(row["rewards"]) for row in rows if row["prompt"].endswith("=")} == {
+        ("accuracy", "format")
+    }
 
 
 def test_rollouts_that_cannot_be_learnt_from_are_refused():

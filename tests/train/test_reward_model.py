@@ -124,6 +124,13 @@ def test_it_learns_a_preference_and_is_a_reward(policy, tmp_path, kind):
     assert good.min() > bad.max()
     if kind != "mse":
         assert 0 <= bad.min() <= good.max() <= 1
+    # As long as it was trained on, and without the thinking, if that is asked for.
+    summaries = LearnedReward(out, precision=FLOAT32, squash=kind != "mse", summary=True)
+    thought = Completion(f"<think>no no</think>{samples[0].completion.text}", 9)
+    unended = Completion("<think>yes yes", 9)
+    kept, lost = summaries.score([Sample("Well? ", thought, ""), Sample("Well? ", unended, "")])
+    assert kept == pytest.approx(report.total_B[0], abs=1e-5)
+    assert math.isnan(lost)
     # The same whatever is scored beside it; nothing where it does not fit.
     alone = reward.score(samples[3:4])[0]
     assert alone == pytest.approx(report.total_B[3], abs=1e-5)

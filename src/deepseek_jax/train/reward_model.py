@@ -202,11 +202,15 @@ class RewardModelConfig:
     init: Path
     """The policy's run directory: its weights and tokenizer."""
     data: Path
-    """See ``read_examples``."""
+    """JSON lines of prompt, chosen, rejected; or of prompt, response, grade."""
     out: Path
+    """Directory of the run."""
     kind: Kind = "pairwise"
+    """Pairs, or grades by cross-entropy (bce) or squared distance (mse)."""
     best_grade: int = 1
+    """Grades go from 0 to this."""
     seq_len: int = 1024
+    """Tokens of a conversation at the most."""
     batch_size: int = 256
     """Pairs, or responses, of a step (R1: 256)."""
     epochs: int = 1
