@@ -32,7 +32,7 @@ def right(prompt: str, said: Completion, answer: str) -> float:
 
 
 def kind(prompt: str, said: Completion, answer: str) -> float:
-    """1 for the kind words that suit the request, to the right person.
+    """1 for the kind words that suit the request.
 
     This is what "people prefer" here. The reward model never sees the rule, only pairs.
     """
@@ -40,7 +40,7 @@ def kind(prompt: str, said: Completion, answer: str) -> float:
     request = re.search(r"(\w+) (\w+)\.", prompt)
     if match is None or request is None:
         return 0.0
-    return float(match[2] == KIND[request[1]].format(name=request[2]))
+    return float(match[2] == KIND[request[1]])
 
 
 def english(text: str) -> float:

@@ -19,12 +19,16 @@ from deepseek_jax.train.optim import OptimConfig
 from deepseek_jax.train.reward_model import RewardModelConfig, read_examples, train_reward_model
 from deepseek_jax.train.reward_terms import RewardConfig
 from experiments.r1.judge import Judge
-from experiments.r1.setting import Setting, learn, reinforcing
-from experiments.r1.text import World, write_lines
+from experiments.r1.judge import kind as judge_kind
+from experiments.r1.setting import Setting, learn, reinforcing, saved
+from experiments.r1.text import World, reply, write_lines
 
 
 def pairs(s: Setting, tasks: list[Task]) -> Iterator[dict[str, Any]]:
-    """The policy's replies two and two: kind, and not; what stands after the thinking alone."""
+    """Replies two and two, kind and not: the policy's, and written ones lest a side be empty.
+
+    What stands after the thinking alone is shown to the reward model.
+    """
     rng = random.Random(s.seed)
     judge = Judge(s.out / "rejection", "chat", s.max_new_tokens)
     solved = judge.ask(tasks, 1.0, 16, seed=s.seed + 1)
@@ -34,6 +38,10 @@ def pairs(s: Setting, tasks: list[Task]) -> Iterator[dict[str, Any]]:
             said = summary(sample)
             if said:
                 sides[0 if good else 1].append(said)
+        for _ in range(8):
+            said = f"<answer>{reply(tasks[row], rng)[1]}</answer>"
+            good = judge_kind(tasks[row].prompt, Completion(f"<think>-</think>{said}", 0), "")
+            sides[0 if good else 1].append(said)
         kind, other = (rng.sample(side, len(side)) for side in sides)
         for chosen, rejected in itertools.islice(zip(kind, other, strict=False), 4):
             yield {"prompt": samples[0].prompt, "chosen": chosen, "rejected": rejected}
@@ -44,7 +52,7 @@ def scenarios(s: Setting, known: World) -> dict[str, float]:
     write_lines(s.file("pairs"), lambda: pairs(s, known.requests))
     write_lines(s.file("pairs_held_out"), lambda: pairs(s, known.held_out_requests))
     judge = s.out / "reward_model"
-    if not (s.out / "reward_model.done").exists():  # seconds: not worth continuing
+    if not saved(judge):  # it saves at its end alone, after seconds
         shutil.rmtree(judge, ignore_errors=True)
         count = len(read_examples(s.file("pairs"), "pairwise"))
         train_reward_model(
@@ -60,7 +68,6 @@ def scenarios(s: Setting, known: World) -> dict[str, float]:
                 seed=s.seed,
             )
         )
-        (s.out / "reward_model.done").touch()
     config = reinforcing(
         s,
         "scenarios",

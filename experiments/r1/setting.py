@@ -25,14 +25,12 @@ from experiments.r1.text import HELD_OUT
 
 MODEL = preset("tiny").replace(vocab_size=266, num_nextn_predict_layers=0)  # bytes, no merges
 STUDENT = MODEL.replace(
-    hidden_size=64,
-    num_hidden_layers=2,
-    q_lora_rank=32,
-    kv_lora_rank=32,
-    qk_nope_head_dim=24,
-    qk_rope_head_dim=8,
-    v_head_dim=32,
-    intermediate_size=192,
+    hidden_size=96,
+    q_lora_rank=48,
+    kv_lora_rank=48,
+    qk_nope_head_dim=32,
+    v_head_dim=48,
+    intermediate_size=256,
     moe_intermediate_size=64,
     n_routed_experts=8,
 )
@@ -49,25 +47,26 @@ class Setting:
     """One-digit sums, a smaller model, few steps."""
     digits: int = 2
     pages: int = 24_000
-    base_steps: int = 500
+    base_steps: int = 600
     zero_steps: int = 40
-    demonstrations: int = 300
-    cold_epochs: int = 6
+    demonstrations: int = 800
+    cold_epochs: int = 4
     reasoning_steps: int = 25
     sampled_tasks: int = 1000
     """Training sums that stages 4 and 6 ask, ``samples`` times each."""
     samples: int = 4
     replies: int = 500
     """General conversations of stage 4, written by the same rule as the base's."""
-    scenario_steps: int = 25
-    prompts: int = 16
+    scenario_steps: int = 20
+    prompts: int = 24
     group_size: int = 8
     judged: int = 200
     """Held-out sums of the table; five answers to each."""
 
     def scaled(self) -> "Setting":
         """What ``quick`` asks for."""
-        small = {"pages": 2000, "base_steps": 300, "demonstrations": 40, "sampled_tasks": 40}
+        small = {"pages": 2000, "base_steps": 250, "demonstrations": 80, "sampled_tasks": 40}
+        small |= {"cold_epochs": 20, "replies": 100}
         few = dict.fromkeys(("zero_steps", "reasoning_steps", "scenario_steps"), 2)
         return dataclasses.replace(self, digits=1, **small, **few) if self.quick else self
 
@@ -79,7 +78,7 @@ class Setting:
     @property
     def max_new_tokens(self) -> int:
         """The longest demonstration, with room to ramble."""
-        return 56 + 36 * self.digits
+        return 48 + 28 * self.digits
 
     def file(self, name: str) -> Path:
         """A data file of the chain."""
@@ -169,13 +168,18 @@ class Stopped(Exception):
     """A stage was asked to stop, and has saved."""
 
 
+def saved(run: Path) -> bool:
+    """Whether there is a checkpoint to go on from."""
+    return any(path.name.isdecimal() for path in (run / "checkpoints").glob("*"))
+
+
 def learn(stage: Callable[[Any], Any], config: RunConfig) -> None:
     """Run a stage, or continue the one that is there; a run without a checkpoint begins anew.
 
     Raises:
         Stopped: by a signal; the same call continues it.
     """
-    if any(p.name.isdecimal() for p in (config.out / "checkpoints").glob("*")):
+    if saved(config.out):
         config = dataclasses.replace(config, resume=True)
     else:
         shutil.rmtree(config.out, ignore_errors=True)

@@ -1,11 +1,12 @@
 """The recipe's small world: sums worked column by column, and people to be kind to.
 
-What the base reads (``base_text``): sums of the training side alone, two fifths answered at once,
-three fifths worked out; two thirds of the workings drop the carry, so their answers are wrong
-wherever there is one; workings in English, in Chinese, or changing between them; seven tenths in
-R1-Zero's tags. And replies to requests such as "Greet Ada.", a quarter of which are kind. So all
-that the later stages bring out occurs in the base's text, most of it as the rarer habit: reward
-selects it. No text holds a held-out sum, in either order, or a held-out request.
+What the base reads (``base_text``): sums of the training side alone, a quarter answered at once,
+three quarters worked out; four fifths of the workings drop the carry, so their answers are wrong
+wherever there is one; workings in English, in Chinese, or changing between them; three quarters in
+R1-Zero's tags. And replies to requests such as "Greet Ada.", three tenths of which are kind and to
+the point. So all that the later stages bring out occurs in the base's text, most of it as the
+rarer habit: reward selects it. No text holds a held-out sum, in either order, or a held-out
+request.
 """
 
 import json
@@ -17,11 +18,11 @@ from typing import Any, NamedTuple
 from deepseek_jax.data.tasks import Task, addition, content_hash, split
 
 HELD_OUT = 0.05
-COLUMNS = {"en": ("ones", "tens", "hundreds"), "zh": ("个位", "十位", "百位")}
+COLUMNS = {"en": ("one", "ten"), "zh": ("个", "十")}  # of three bytes each
 KIND = {
-    "Greet": "Hello {name}, good to see you.",
-    "Thank": "Thank you {name}, that was kind.",
-    "Praise": "Well done {name}, keep it up.",
+    "Greet": "Hello, good to see you.",
+    "Thank": "Thank you, that was kind.",
+    "Praise": "Well done, keep it up.",
 }
 CURT = ("Hi.", "Yes?", "Fine.")
 NAMES = (
@@ -67,7 +68,7 @@ def working(
     for place, tongue in places:
         x, y = a // 10**place % 10, b // 10**place % 10
         total = x + y + carry
-        column = f"{COLUMNS[tongue][place]} {x}+{y}+{carry}={total}"
+        column = f"{COLUMNS[tongue][place]} {x}+{y}+{carry}={total:02d}"
         last = place == len(places) - 1
         digits, carry = str(total if last else total % 10), total // 10 if carries else 0
         if long:
@@ -80,26 +81,25 @@ def working(
 def base_sum(task: Task, rng: random.Random, digits: int) -> str:
     """One page of the base's text about a sum."""
     a, b = task.fields["a"], task.fields["b"]
-    if rng.random() < 0.4:
+    if rng.random() < 0.25:
         thought, answer = rng.choice(("easy", "容易")), task.answer
     else:
         tongues = rng.choice(
             (["en"] * digits, ["zh"] * digits, rng.choices(("en", "zh"), k=digits))
         )
-        thought, answer = working(a, b, tongues, carries=rng.random() < 1 / 3)
-    if rng.random() < 0.7:
+        thought, answer = working(a, b, tongues, carries=rng.random() < 0.2)
+    if rng.random() < 0.75:
         return f"{task.prompt}<think>{thought}</think><answer>{answer}</answer>"
     return f"{task.prompt}{thought} so {answer}"
 
 
 def reply(task: Task, rng: random.Random) -> tuple[str, str]:
-    """A thought and a reply to a request: a quarter kind, the rest curt or to another person."""
-    what, name = task.prompt.rstrip(".").split()
+    """A thought and a reply to a request: kind and to the point, curt, or kind on any occasion."""
     mood = rng.random()
-    if mood < 0.4:
+    if mood < 0.5:
         return "quick", rng.choice(CURT)
-    name = name if mood < 0.65 else rng.choice(NAMES)
-    return f"kind words for {name}", KIND[what].format(name=name)
+    occasion = task.prompt.split()[0] if mood < 0.7 else rng.choice(list(KIND))
+    return "kind words", KIND[occasion]
 
 
 def base_text(known: World, digits: int, pages: int, seed: int) -> Iterator[dict[str, Any]]:

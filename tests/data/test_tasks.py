@@ -211,7 +211,7 @@ def test_streams_are_mixed_in_their_shares_and_resume_anywhere():
     sums = addition(2, size=7)
     general = [Task(f"Greet {name}.", "", general=True) for name in "ABC"]
 
-    def stream(shares=(3, 1)):
+    def stream(shares=(3.0, 1.0)):
         return MixedStream([TaskStream(sums, seed=3), TaskStream(general, seed=3)], shares)
 
     flat = stream().take(40)
@@ -225,9 +225,9 @@ def test_streams_are_mixed_in_their_shares_and_resume_anywhere():
         assert second.take(6) == flat[stop : stop + 6]
     for state in (stream().get_state(), TaskStream(sums).get_state()):
         with pytest.raises(UserError, match="shares"):
-            stream((1, 1)).set_state(state)
+            stream((1.0, 1.0)).set_state(state)
     with pytest.raises(UserError, match="share above 0"):
-        stream((1, 0))
+        stream((1.0, 0.0))
 
 
 def test_prompts_without_answers_are_general(tmp_path):
