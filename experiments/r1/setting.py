@@ -49,8 +49,8 @@ class Setting:
     pages: int = 24_000
     base_steps: int = 600
     zero_steps: int = 40
-    demonstrations: int = 800
-    cold_epochs: int = 4
+    demonstrations: int = 200
+    cold_epochs: int = 10
     reasoning_steps: int = 25
     sampled_tasks: int = 1000
     """Training sums that stages 4 and 6 ask, ``samples`` times each."""
