@@ -9,6 +9,12 @@ def reasoning(s: Setting) -> None:
     """Accuracy, form, and the share of English words in the thinking."""
     rewards = RewardConfig(language="en")
     config = reinforcing(
-        s, "reasoning", "cold_start", s.reasoning_steps, rewards, prompt_style="chat"
+        s,
+        "reasoning",
+        "cold_start",
+        s.reasoning_steps,
+        rewards,
+        peak_lr=1.5e-4,
+        prompt_style="chat",
     )
     learn(grpo, config)

@@ -75,6 +75,7 @@ def scenarios(s: Setting, known: World) -> dict[str, float]:
         s.scenario_steps,
         RewardConfig(language="en", reward_model=judge),
         temperature=0.7,
+        peak_lr=1.5e-4,
         prompt_style="chat",
         general=s.file("requests"),
     )

@@ -134,9 +134,13 @@ def reinforcing(
     steps: int,
     rewards: RewardConfig,
     temperature: float = 1.0,
+    peak_lr: float = 5e-4,
     **changes: Any,
 ) -> GrpoConfig:
-    """GRPO from the run ``init`` on the training sums; no KL term, one update a rollout."""
+    """GRPO from the run ``init`` on the training sums; no KL term, one update a rollout.
+
+    What has been fine-tuned wants a lower rate than the base: see docs/r1.md.
+    """
     rows = s.prompts * s.group_size
     return GrpoConfig(
         out=s.out / name,
@@ -155,7 +159,11 @@ def reinforcing(
         objective=ObjectiveConfig(kl_coef=0.0),
         loop=LoopConfig(steps=steps, batch_size=rows, eval_every=0, save_every=10),
         optim=dataclasses.replace(
-            GRPO_OPTIM, constant_until=0.0, peak_lr=5e-4, min_lr=5e-5, final_lr=5e-5
+            GRPO_OPTIM,
+            constant_until=0.0,
+            peak_lr=peak_lr,
+            min_lr=peak_lr / 10,
+            final_lr=peak_lr / 10,
         ),
         eval_tasks=32,
         eval_samples=1,

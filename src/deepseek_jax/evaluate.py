@@ -2,6 +2,7 @@
 
 import collections
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from math import comb
 from typing import Any, NamedTuple
 
@@ -75,9 +76,11 @@ def solve(
     A verifier that raises or hangs counts as a wrong answer.
     """
     tokenizer = prompter.tokenizer
+    # With one seed for all, the same unlucky draw would spoil the same token of every task.
+    seeded = (replace(sampling, seed=sampling.seed + i) for i in range(len(tasks)))
     requests = [
-        text_request(tokenizer, prompter.ids(task.prompt), sampling, samples=samples)
-        for task in tasks
+        text_request(tokenizer, prompter.ids(task.prompt), how, samples=samples)
+        for task, how in zip(tasks, seeded, strict=True)
     ]
     found: dict[tuple[int, int], Sample] = {}
     for done in engine.generate(requests):
