@@ -60,7 +60,7 @@ def scenarios(s: Setting, known: World) -> dict[str, float]:
                 init=s.out / "rejection",
                 data=s.file("pairs"),
                 out=judge,
-                seq_len=128,
+                seq_len=88 + s.max_new_tokens,  # names of special tokens count as letters here
                 batch_size=min(32, count),
                 epochs=6,
                 precision=FLOAT32,

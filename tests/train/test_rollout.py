@@ -8,6 +8,7 @@ import pytest
 from deepseek_jax.data.prompts import Prompter
 from deepseek_jax.data.tasks import Task, TaskStream
 from deepseek_jax.data.tokenizer import train_bpe
+from deepseek_jax.evaluate import solve
 from deepseek_jax.generate import Completion, Engine, Sampling
 from deepseek_jax.rewards import RewardSum, Term
 from deepseek_jax.train.reward_terms import RewardConfig
@@ -105,6 +106,15 @@ def test_a_failed_truncated_completion_earns_nothing():
     assert collected.metrics["reward"] == 0.75
     assert collected.metrics["reward/accuracy"] == 1  # each term is reported as it is
     assert collected.metrics["truncated"] == 0.25
+
+
+def test_an_evaluation_draws_every_task_apart():
+    """With one seed for all, the same unlucky draw would come at the same token of each."""
+    engine = Parrot(dict.fromkeys(range(8), "12"))
+    solved = solve(engine, Prompter("plain", TOKENIZER), TASKS, DIGIT.reward, Sampling(LIMIT), 2)
+    assert len(set(engine.seeds)) == len(TASKS)
+    assert [[s.completion.text for s in row] for row in solved.samples] == [["1", "2"]] * 8
+    assert solved.correct_Pk.tolist() == [[True, False]] * 8
 
 
 def test_dynamic_sampling_asks_on_until_all_groups_differ():
