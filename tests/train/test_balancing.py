@@ -1,5 +1,7 @@
 """The bias mends a skewed router, and it is the bias that does (V3 section 2.1.2)."""
 
+import pytest
+
 from benchmarks.balancing import stdlib_batches, violations
 
 
