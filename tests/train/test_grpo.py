@@ -239,7 +239,7 @@ def test_general_prompts_are_judged_by_a_reward_model_and_resumed(init, tmp_path
         assert 0 < line["reward/preference"] < 1
         # Random weights get no sum right; half of what is asked has a right answer.
         assert line["reward"] == pytest.approx(line["reward/preference"] / 2)
-    rows = [json.loads(row) for row in (tmp_path / "whole/completions.jsonl").open()]
+    rows = said(tmp_path / "whole")
     assert {tuple(row["rewards"]) for row in rows if row["prompt"].startswith("Greet")} == {
         ("format", "preference")
     }

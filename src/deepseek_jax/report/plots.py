@@ -125,7 +125,8 @@ def plot_chain(
         start = 0.0
         for (stage, metrics), color in zip(runs.items(), _STAGE_COLORS, strict=False):
             steps, values = _series(metrics, name)
-            axis.plot(start + steps, values, color=color, linewidth=1.4, label=stage)
+            if len(steps):
+                axis.plot(start + steps, values, color=color, linewidth=1.4, label=stage)
             start += max((row["step"] for row in metrics), default=0)
         _finish(axis, label)
         axis.set_xlabel("step, stage after stage")
