@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from benchmarks import profile_parts
 from benchmarks.timing import deadline
 from deepseek_jax import Batch, DeepSeekV3, ModelConfig, preset, sharding
 from deepseek_jax.config import Precision
@@ -54,9 +55,11 @@ class Run:
     def __init__(self, config: ModelConfig, mesh_text: str, arguments: argparse.Namespace):
         """Compile and make the first step."""
         self.name = mesh_text
-        precision = Precision(params=arguments.params)
+        precision = Precision(params=arguments.params, matmuls=arguments.matmuls)
         parallel = ExpertParallel(arguments.dispatcher)
-        model = DeepSeekV3(config, precision, arguments.remat, parallel)
+        model = DeepSeekV3(
+            config, precision, arguments.remat, parallel, whole_rows=not arguments.documents
+        )
         tx = optim.make_optimizer(
             optim.OptimConfig(warmup_steps=0, moments=arguments.moments), 1000
         )
@@ -105,13 +108,17 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seq", type=int, default=4096)
     parser.add_argument("--remat", default="none", choices=["none", "selective", "full"])
+    parser.add_argument("--matmuls", default="compute", choices=["compute", "fp8"])
     parser.add_argument("--params", default="float32")
     parser.add_argument("--moments", default="float32")
     parser.add_argument("--mesh", default="data=-1")
     parser.add_argument("--dispatcher", default="auto", choices=["auto", "ragged", "ring"])
     parser.add_argument("--compare", nargs="*", default=[], help='other meshes, or "none"')
+    parser.add_argument(
+        "--documents", action="store_true", help="attention as for rows of several documents"
+    )
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--profile", help="directory for a profile of three steps (xprof)")
+    parser.add_argument("--profile", help="directory for a profile (xprof) of 3 steps")
     arguments = parser.parse_args()
 
     config = slice_of(arguments)
@@ -137,6 +144,8 @@ def main() -> None:
                 with jax.profiler.trace(arguments.profile):
                     for _ in range(3):
                         run()
+                found = profile_parts.ops(arguments.profile, run.step.as_text() or "")
+                print(profile_parts.table(found, 3), flush=True)
             del run
 
 

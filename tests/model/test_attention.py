@@ -69,6 +69,45 @@ def test_packed_documents_equal_separate_ones():
     np.testing.assert_allclose(out.logits_BTV, np.concatenate(alone, 1), atol=1e-4)
 
 
+def test_whole_rows_need_no_segments():
+    model, params, bias = make()
+    whole = make(whole_rows=True)[0]
+    segments = jnp.array([[1] * 12, [1] * 7 + [0] * 5], jnp.int32)
+    each = [apply(m, params, TOKENS, bias, segments) for m in (model, whole)]
+    for expected, out in zip(*[(o.logits_BTV, o.mtp_logits[0][:, :6]) for o in each], strict=True):
+        np.testing.assert_allclose(out[0], expected[0], atol=1e-5)
+        np.testing.assert_allclose(out[1, :6], expected[1, :6], atol=1e-5)
+    # And padding still counts for no expert.
+    loads = [
+        apply(m, params, TOKENS, bias, None, segments, method="hidden").load_LE
+        for m in (model, whole)
+    ]
+    np.testing.assert_array_equal(loads[0][:-1].sum(-1), loads[1][:-1].sum(-1))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("masked", [False, True])
+def test_cudnn_equals_the_portable_attention(masked, monkeypatch):
+    B, T, N, H, O = 2, 768, 4, 192, 128
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, k, v, ct = (
+        jax.random.normal(key, (B, T, N, d), jnp.bfloat16)
+        for key, d in zip(keys, (H, H, O, O), strict=True)
+    )
+    ids = jnp.where(jnp.arange(T) < 300, 1, 2) * jnp.ones((B, 1), jnp.int32)
+    segments = (ids, ids) if masked else None
+
+    def run():
+        out, pullback = jax.vjp(lambda *a: attention.attend(*a, segments, 0, 0.07), q, k, v)
+        return (out, *pullback(ct))
+
+    fast = jax.jit(run)()
+    monkeypatch.setattr(attention.sharding, "platform", lambda: "cpu")
+    for a, b in zip(fast, jax.jit(lambda: run())(), strict=True):
+        a, b = (np.asarray(x, np.float32) for x in (a, b))
+        assert np.abs(a - b).max() < 0.02 * np.abs(b).max()
+
+
 @pytest.mark.parametrize("T", [3, 8, 9, 23])
 def test_query_chunks_change_nothing(T, monkeypatch):
     rng = np.random.default_rng(T)
@@ -76,7 +115,7 @@ def test_query_chunks_change_nothing(T, monkeypatch):
     segments = jnp.asarray(np.sort(rng.integers(1, 3, (2, T)), -1))
 
     def run(q, k, v):
-        return attention.attend(q, k, v, segments, segments, 0, 0.4)
+        return attention.attend(q, k, v, (segments, segments), 0, 0.4)
 
     def gradients():  # a new function: jit would remember the chunk size it saw
         return quick_jit(jax.value_and_grad(lambda *a: (run(*a) ** 2).sum(), argnums=(0, 1, 2)))

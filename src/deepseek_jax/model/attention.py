@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
@@ -39,33 +40,53 @@ class Positions(NamedTuple):
     segment_ids_BT: Int[Array, "B T"]
 
 
+@jax.named_scope("attention_core")
 def attend(
     q_BTNH: Float[Array, "B T N H"],
     k_BSNH: Float[Array, "B S N H"],
     v_BSNO: Float[Array, "B S N O"],
-    segment_ids_BT: Int[Array, "B T"],
-    key_segment_ids_BS: Int[Array, "B S"],
+    segments: tuple[Int[Array, "B T"], Int[Array, "B S"]] | None,
     first: Int[Array, ""] | int,
     scale: float,
 ) -> Float[Array, "B T N O"]:
-    """Causal softmax attention within segments (V3 Eq. 10); scores and softmax in float32.
+    """Causal softmax attention (V3 Eq. 10); scores and softmax in float32.
 
-    Query t is position ``first + t`` of the row whose S keys are all here. On NVIDIA GPUs, in
-    16-bit formats, by cuDNN.
+    Query t is position ``first + t`` of the row whose S keys are all here. ``segments`` are those
+    of queries and keys, which do not look beyond their own; None: causality is all there is. On
+    NVIDIA GPUs, in 16-bit formats, by cuDNN.
     """
-    T, S = q_BTNH.shape[1], k_BSNH.shape[1]
-    if sharding.platform() in ("gpu", "cuda") and q_BTNH.dtype.itemsize == 2:
-        own_BTS = segment_ids_BT[:, :, None] == key_segment_ids_BS[:, None, :]
-        seen_BTS = own_BTS & ((first + jnp.arange(T))[:, None] >= jnp.arange(S))
-        return _attend_cudnn(q_BTNH, k_BSNH, v_BSNO, seen_BTS, scale, is_causal=T == S)
+    T, S, H, O = q_BTNH.shape[1], k_BSNH.shape[1], q_BTNH.shape[-1], v_BSNO.shape[-1]
+
+    def seen(start: jax.Array | int, size: int) -> jax.Array:
+        """[B or 1, size, S]: who is seen by ``size`` queries from ``start`` on."""
+        seen_BTS = ((first + start + jnp.arange(size))[:, None] >= jnp.arange(S))[None]
+        if segments is None:
+            return seen_BTS
+        own_BT = jax.lax.dynamic_slice_in_dim(segments[0], start, size, axis=1)
+        return seen_BTS & (own_BT[:, :, None] == segments[1][:, None, :])
+
+    # What cuDNN's flash attention takes.
+    fits = q_BTNH.dtype.itemsize == 2 and max(H, O) <= 256 and H % 8 == O % 8 == 0
+    if sharding.platform() in ("gpu", "cuda") and fits:
+        whole = segments is None and T == S
+        mask_BNTS = None if whole else seen(0, T)[:, None]
+        # Not through ``jax.nn``, which wants values as wide as keys: V3's 192/128 heads take
+        # 11.0 ms, forward and backward, where values padded to 192 take 16.2.
+        out: Any = cudnn.dot_product_attention(
+            q_BTNH,
+            k_BSNH,
+            v_BSNO,
+            mask=mask_BNTS,
+            scale=scale,
+            # It lets cuDNN skip what lies above the diagonal.
+            mask_type=cudnn.MaskType.CAUSAL if T == S else cudnn.MaskType.NO_MASK,
+        )
+        return out
 
     def chunk(start: jax.Array, size: int) -> jax.Array:
         q = jax.lax.dynamic_slice_in_dim(q_BTNH, start, size, axis=1)
-        segment = jax.lax.dynamic_slice_in_dim(segment_ids_BT, start, size, axis=1)
-        causal = (first + start + jnp.arange(size))[:, None] >= jnp.arange(S)[None, :]
-        seen = causal & (segment[:, :, None] == key_segment_ids_BS[:, None, :])
         scores = jnp.einsum("btnh,bsnh->bnts", q, k_BSNH, preferred_element_type=jnp.float32)
-        scores = jnp.where(seen[:, None], scores * scale, -jnp.inf)
+        scores = jnp.where(seen(start, size)[:, None], scores * scale, -jnp.inf)
         # Softmax's division comes after the product with v: O numbers a query and not S.
         top = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
         weights = jnp.exp(scores - top)
@@ -88,30 +109,6 @@ def attend(
     if whole < T:
         out = jnp.concatenate([out, chunk(jnp.int32(whole), T - whole)], axis=1)
     return out
-
-
-def _attend_cudnn(
-    q_BTNH: jax.Array,
-    k_BSNH: jax.Array,
-    v_BSNO: jax.Array,
-    seen_BTS: jax.Array,
-    scale: float,
-    *,
-    is_causal: bool,
-) -> jax.Array:
-    """Flash attention; ``is_causal`` lets it skip what lies above the diagonal."""
-    # One width for keys and values: cuDNN takes no two, and columns of zeros change nothing.
-    H, O = q_BTNH.shape[-1], v_BSNO.shape[-1]
-    out = jax.nn.dot_product_attention(
-        q_BTNH,
-        k_BSNH,
-        jnp.pad(v_BSNO, ((0, 0), (0, 0), (0, 0), (0, H - O))),
-        mask=seen_BTS[:, None],
-        scale=scale,
-        is_causal=is_causal,
-        implementation="cudnn",
-    )
-    return out[..., :O]
 
 
 def attend_absorbed(
@@ -159,6 +156,7 @@ def attend_expanded(
     return _over_cache(q_pe_BTNP, cache, layer, scale, scores_and_values)
 
 
+@jax.named_scope("attention_core")
 def _over_cache(
     q_pe_BTNP: jax.Array,
     cache: KVCache,
@@ -218,6 +216,9 @@ Attention = Callable[..., tuple[jax.Array, KVCache | None]]
 class MLA(ParamModule):
     """Multi-head Latent Attention; parameter names are those of DeepSeek's inference code."""
 
+    whole_rows: bool = False
+    """See ``DeepSeekV3``."""
+
     @nn.compact
     def __call__(self) -> Attention:
         """The layer as a function.
@@ -233,6 +234,7 @@ class MLA(ParamModule):
         wkv_b_RNX = self.weight("wkv_b", (R, N, C + O), ("latent_in", "heads", "head_dim"))
         wo_NOD = self.weight("wo", (N, O, D), ("heads", "head_dim", "embed"))
 
+        @jax.named_scope("mla")
         def attention(
             x_BTD: Float[Array, "B T D"],
             positions: Positions,
@@ -251,14 +253,16 @@ class MLA(ParamModule):
                 # numbers a token instead of N (H + O).
                 c_kv = sharding.all_gather(c_kv_BTR, "sequence", 1)
                 k_pe = sharding.all_gather(k_pe_BTNP, "sequence", 1)
-                key_segments = sharding.all_gather(positions.segment_ids_BT, "sequence", 1)
                 kv_BSNX = linear(c_kv, wkv_b_RNX, precision)  # Eqs. 2 and 5
                 k_pe = jnp.broadcast_to(k_pe, (*kv_BSNX.shape[:3], P))
                 q = jnp.concatenate([q_BTNH[..., :C], q_pe_BTNP], axis=-1)
                 k = jnp.concatenate([kv_BSNX[..., :C], k_pe], axis=-1)
                 first = sharding.part_index("sequence") * x_BTD.shape[1]
-                segments = (positions.segment_ids_BT, key_segments)
-                out = attend(q, k, kv_BSNX[..., C:], *segments, first, c.softmax_scale)
+                segments = None
+                if not self.whole_rows:
+                    own_BT = positions.segment_ids_BT
+                    segments = own_BT, sharding.all_gather(own_BT, "sequence", 1)
+                out = attend(q, k, kv_BSNX[..., C:], segments, first, c.softmax_scale)
             else:
                 cache = write_cache(cache, layer, c_kv_BTR, k_pe_BTNP[:, :, 0])
                 if x_BTD.shape[1] * (2 * R + P - C - P - O) > R * (C + O):

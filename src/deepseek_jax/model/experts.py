@@ -108,18 +108,33 @@ def local_experts(
         experts_TK, gates_TK = (
             jnp.take_along_axis(a, first_TK, axis=1) for a in (experts_TK, gates_TK)
         )
-    pairs = sorted_pairs(experts_TK, E, experts_TK.size if most is None else most)
-    x_MD = to_pairs(x_TD.astype(precision.compute_dtype), pairs)
-    each = Pairs(pairs.choice_M, pairs.choice_M, pairs.slot_TK.reshape(-1, 1), pairs.sizes_G)
-    gates_M1 = to_pairs(gates_TK.reshape(-1, 1), each)
+    with jax.named_scope("dispatch"):
+        pairs = sorted_pairs(experts_TK, E, experts_TK.size if most is None else most)
+        x_MD = to_pairs(x_TD.astype(precision.compute_dtype), pairs)
+        each = Pairs(pairs.choice_M, pairs.choice_M, pairs.slot_TK.reshape(-1, 1), pairs.sizes_G)
+        gates_M1 = to_pairs(gates_TK.reshape(-1, 1), each)
+    with jax.named_scope("experts"):
+        y_MD = _experts(x_MD, gates_M1, pairs.sizes_G, weights, precision)
+    with jax.named_scope("dispatch"):
+        return from_pairs(y_MD, pairs)
+
+
+def _experts(
+    x_MD: jax.Array,
+    gates_M1: jax.Array,
+    sizes_G: jax.Array,
+    weights: ExpertWeights,
+    precision: Precision,
+) -> jax.Array:
+    """Of every pair, gate * FFN(x) by its own expert."""
     in_fp8 = precision.matmuls == "fp8"
     times = functools.partial(
-        fp8_grouped_linear if in_fp8 else grouped_matmul, group_sizes_G=pairs.sizes_G
+        fp8_grouped_linear if in_fp8 else grouped_matmul, group_sizes_G=sizes_G
     )
     gate = checkpoint_name(times(x_MD, weights.w1_EDF), "ffn_gate")
     up = checkpoint_name(times(x_MD, weights.w3_EDF), "ffn_up")
     if in_fp8:
         # The gate comes last here: the FP8 layer makes SwiGLU's product itself, and quantizes it.
-        y_MD = fp8_grouped_swiglu_linear(gate, up, weights.w2_EFD, pairs.sizes_G)
-        return from_pairs((y_MD * gates_M1).astype(y_MD.dtype), pairs)
-    return from_pairs(times(swiglu(gate, up, precision, gates_M1), weights.w2_EFD), pairs)
+        y_MD = fp8_grouped_swiglu_linear(gate, up, weights.w2_EFD, sizes_G)
+        return (y_MD * gates_M1).astype(y_MD.dtype)
+    return times(swiglu(gate, up, precision, gates_M1), weights.w2_EFD)

@@ -1,5 +1,6 @@
 """What every block is made of: matmul with the precision policy, RMSNorm, SwiGLU, parameters."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -37,6 +38,36 @@ def dot(
     return out.astype(dtype)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _product(x: jax.Array, w: jax.Array, contracted: int, accumulate: str) -> jax.Array:
+    """``tensordot`` summed in ``accumulate``, rounded to the dtype of x; so are its gradients.
+
+    Autodiff would multiply the cotangent before it is rounded, in ``accumulate``: on an H100, a
+    third of the speed of the same product in BF16.
+    """
+    out = jnp.tensordot(x, w, contracted, preferred_element_type=jnp.dtype(accumulate))
+    return out.astype(x.dtype)
+
+
+def _product_bwd(
+    contracted: int, accumulate: str, saved: tuple[jax.Array, jax.Array], ct: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, w = saved
+    outer = x.ndim - contracted
+    outputs = tuple(range(contracted, w.ndim)), tuple(range(outer, ct.ndim))
+    rows = tuple(range(outer))
+    product = functools.partial(jnp.tensordot, preferred_element_type=jnp.dtype(accumulate))
+    dx = product(ct, w, (outputs[1], outputs[0]))
+    dw = product(x, ct, (rows, rows))
+    return dx.astype(x.dtype), dw.astype(w.dtype)
+
+
+_product.defvjp(
+    lambda x, w, contracted, accumulate: (_product(x, w, contracted, accumulate), (x, w)),
+    _product_bwd,
+)
+
+
 def fp8_kernels() -> bool:
     """Whether there are kernels here for products in FP8; elsewhere plain jnp stands in."""
     return backend.platform() == "tpu" or backend.on_hopper()
@@ -50,11 +81,8 @@ def linear(
 ) -> Float[Array, "..."]:
     """Multiply over the last ``contracted`` axes of x and the first of w; in FP8 if so asked."""
     if not isinstance(w, Quantized) and precision.matmuls == "compute":
-        dtype, accumulate = precision.compute_dtype, jnp.dtype(precision.accumulate)
-        out = jnp.tensordot(
-            x.astype(dtype), w.astype(dtype), contracted, preferred_element_type=accumulate
-        )
-        return out.astype(dtype)
+        dtype = precision.compute_dtype
+        return _product(x.astype(dtype), w.astype(dtype), contracted, precision.accumulate)
     rows, columns = x.shape[: x.ndim - contracted], w.shape[contracted:]
     K = math.prod(w.shape[:contracted])
     x_MK = x.astype(precision.compute_dtype).reshape(-1, K)
@@ -262,6 +290,7 @@ class FeedForward(ParamModule):
         w3_DF = self.weight("w3", (D, F), ("embed", "mlp"))
         w2_FD = self.weight("w2", (F, D), ("mlp", "embed"))
 
+        @jax.named_scope("ffn")
         def ffn(x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
             gate = checkpoint_name(linear(x_BTD, w1_DF, self.precision), "ffn_gate")
             up = checkpoint_name(linear(x_BTD, w3_DF, self.precision), "ffn_up")

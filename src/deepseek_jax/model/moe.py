@@ -57,6 +57,7 @@ class LayerReport(NamedTuple):
     experts_BTK: Int[Array, "*L B T K"]
 
 
+@jax.named_scope("router")
 def route(
     logits_BTE: Float[Array, "B T E"],
     bias_E: Float[Array, "E"],
@@ -99,6 +100,7 @@ def reachable(choice_BTE: Float[Array, "B T E"], config: ModelConfig) -> Bool[Ar
     return jnp.repeat(kept_BTG, config.n_routed_experts // G, axis=-1)
 
 
+@jax.named_scope("router")
 def balance(routing: Routing, valid_BT: Bool[Array, "B T"], config: ModelConfig) -> Balance:
     """The load of every expert, and the balance losses of this layer."""
     E = config.n_routed_experts

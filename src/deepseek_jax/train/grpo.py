@@ -259,7 +259,9 @@ class _Trainer:
     ):
         self.config, self.mesh, self.prompter, self.tasks = config, mesh, prompter, tasks
         self.general = general
-        self.model = DeepSeekV3(model_config, config.precision, config.remat, config.parallel)
+        self.model = DeepSeekV3(
+            model_config, config.precision, config.remat, config.parallel, whole_rows=True
+        )
         # The policy does without the MTP modules: they stay as they are.
         parts = [make_optimizer(config.optim, config.updates, in_mtp)]
         self.beta = config.objective.resolved().kl_coef

@@ -32,6 +32,7 @@ class LossParts(NamedTuple):
     load_LE: Int[Array, "L E"]
 
 
+@jax.named_scope("head_and_loss")
 def cross_entropy(
     hidden_MD: Float[Array, "M D"],
     head_DV: Float[Array, "D V"],

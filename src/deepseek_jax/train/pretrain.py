@@ -100,7 +100,13 @@ def pretrain(config: PretrainConfig) -> Result | None:
     )
     claim(dry_run=True)
     tokenizer = run_tokenizer(config)
-    model = DeepSeekV3(config.model, config.precision, config.remat, config.parallel)
+    model = DeepSeekV3(
+        config.model,
+        config.precision,
+        config.remat,
+        config.parallel,
+        whole_rows=not config.data.mask_documents,
+    )
     tx = make_optimizer(config.optim, config.loop.steps)
     lam = mtp_weight(config.optim, config.loop.steps)
 

@@ -104,16 +104,17 @@ def make_train_step(
             in_specs=(specs, everywhere, batch_specs(batch), everywhere, frozen_specs),
             out_specs=(specs, everywhere),
         )(state.params, state.router_bias_LE, batch, state.step, frozen or {})
-        norm = optax.tree.norm(grads)
-        loss = parts.metrics["loss"]
-        good = jnp.isfinite(loss) & jnp.isfinite(norm) & (loss <= max_loss)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        # V3 section 2.1.2: the sign step follows the whole step's load. Under jit the counts
-        # are global values, so every device computes the same bias.
-        bias_LE = updated_bias(state.router_bias_LE, parts.load_LE, bias_speed(state.step))
-        params: Any = optax.apply_updates(state.params, updates)
-        new = TrainState(state.step + 1, params, opt_state, bias_LE)
-        state = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, state)
+        with jax.named_scope("optimizer"):
+            norm = optax.tree.norm(grads)
+            loss = parts.metrics["loss"]
+            good = jnp.isfinite(loss) & jnp.isfinite(norm) & (loss <= max_loss)
+            updates, opt_state = tx.update(grads, state.opt_state, state.params)
+            # V3 section 2.1.2: the sign step follows the whole step's load. Under jit the counts
+            # are global values, so every device computes the same bias.
+            bias_LE = updated_bias(state.router_bias_LE, parts.load_LE, bias_speed(state.step))
+            params: Any = optax.apply_updates(state.params, updates)
+            new = TrainState(state.step + 1, params, opt_state, bias_LE)
+            state = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, state)
         violation_L = load_violation(parts.load_LE)
         return state, {
             **parts.metrics,
