@@ -32,6 +32,18 @@ from deepseek_jax.train.losses import pretrain_loss
 from deepseek_jax.train.step import init_state, make_train_step, state_shardings
 
 
+def model_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is trained, on how many tokens."""
+    parser.add_argument("--model", default="small")
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--dense", type=int, default=1)
+    parser.add_argument("--experts", type=int)
+    parser.add_argument("--vocab", type=int)
+    parser.add_argument("--mtp", type=int, default=0)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--seq", type=int, default=4096)
+
+
 def slice_of(arguments: argparse.Namespace) -> ModelConfig:
     """The named model with fewer layers, experts and tokens."""
     config = preset(arguments.model).replace(num_nextn_predict_layers=arguments.mtp)
@@ -99,14 +111,7 @@ class Run:
 def main() -> None:
     """Parse the arguments, time, print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="small")
-    parser.add_argument("--layers", type=int)
-    parser.add_argument("--dense", type=int, default=1)
-    parser.add_argument("--experts", type=int)
-    parser.add_argument("--vocab", type=int)
-    parser.add_argument("--mtp", type=int, default=0)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--seq", type=int, default=4096)
+    model_arguments(parser)
     parser.add_argument("--remat", default="none", choices=["none", "selective", "full"])
     parser.add_argument("--matmuls", default="compute", choices=["compute", "fp8"])
     parser.add_argument("--params", default="float32")
