@@ -425,6 +425,28 @@ def test_fp8_is_served_as_fp8(run_directory, tmp_path, capsys):
         assert said in " ".join(capsys.readouterr().err.split())
 
 
+def test_a_task_of_the_harness_from_the_command_line(run_directory, tmp_path, capsys):
+    pytest.importorskip("lm_eval")
+    rows = [{"question": "the", "choices": [" a", " b"], "answer": i % 2} for i in range(4)]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "ours.yaml").write_text(
+        "task: ours\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: "
+        f"{data}\ntest_split: test\noutput_type: multiple_choice\ndoc_to_text: question\n"
+        "doc_to_choice: choices\ndoc_to_target: answer\nmetric_list:\n  - metric: acc\n"
+    )
+    words = ["harness", "--run", str(run_directory), "--compute", "float32", "--include"]
+    words += [str(folder), "--out", str(tmp_path / "out.json"), "--tasks"]
+    main([*words, "ours"])
+    assert json.loads((tmp_path / "out.json").read_text())["results"]["ours"]["acc,none"] == 0.5
+    assert "ours" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main([*words[:-3], "--tasks", "nothing_of_the_kind"])
+    assert "knows no task nothing_of_the_kind" in capsys.readouterr().err
+
+
 def test_a_file_of_prompts_and_conversations(run_directory, tmp_path, capsys):
     prompts = tmp_path / "prompts.jsonl"
     lines = [

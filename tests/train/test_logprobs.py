@@ -36,7 +36,7 @@ def plain(hidden, head, targets, temperature=1.0, kept=None):
         logits = jnp.where(kept, logits, -1e30)
     logp = jax.nn.log_softmax(logits)
     entropy = -(jnp.exp(logp) * jnp.where(logp > -1e20, logp, 0)).sum(-1)
-    return jnp.take_along_axis(logp, targets[:, None], axis=1)[:, 0], entropy
+    return jnp.take_along_axis(logp, targets[:, None], axis=1)[:, 0], entropy, logp.max(-1)
 
 
 def allowed(targets, kept):
@@ -57,14 +57,12 @@ def test_value_gradient_and_entropy_equal_plain_softmax(at_once, temperature, ma
     factors = jnp.asarray(np.random.default_rng(1).standard_normal(M), jnp.float32)
 
     def ours(hidden, head):
-        logp, entropy = token_logprobs(
-            hidden, head, targets, temperature=temperature, kept_MX=kept
-        )  # fmt: skip
-        return (jnp.exp(logp) * factors).sum(), (logp, entropy)
+        said = token_logprobs(hidden, head, targets, temperature=temperature, kept_MX=kept)
+        return (jnp.exp(said.logp_M) * factors).sum(), tuple(said)
 
     def theirs(hidden, head):
-        logp, entropy = plain(hidden, head, targets, temperature, mask)
-        return (jnp.exp(logp) * factors).sum(), (logp, entropy)
+        logp, *rest = plain(hidden, head, targets, temperature, mask)
+        return (jnp.exp(logp) * factors).sum(), (logp, *rest)
 
     grad = functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
     got, want = quick_jit(grad(ours))(hidden, head), quick_jit(grad(theirs))(hidden, head)
@@ -166,7 +164,7 @@ def test_eight_devices_equal_one_from_the_embedding_to_the_loss():
 
     def logprobs(params, data):
         hidden_MD = params["embed"][data.batch.tokens_BT.reshape(-1)]
-        logp_M, _ = token_logprobs(
+        logp_M, *_ = token_logprobs(
             hidden_MD,
             params["head"],
             data.batch.targets_BT.reshape(-1),

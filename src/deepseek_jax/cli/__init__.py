@@ -21,6 +21,7 @@ from rich.console import Console
 from deepseek_jax import distributed
 from deepseek_jax.cli.evaluate import EvalConfig, evaluate
 from deepseek_jax.cli.generate import ChatConfig, GenerateConfig, chat, generate
+from deepseek_jax.cli.harness import HarnessConfig, harness
 from deepseek_jax.cli.rejection import RejectionSampleConfig, rejection_sample
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.convert import check_hf, convert_to_hf, convert_to_orbax
@@ -131,6 +132,11 @@ def _evaluate(config: Annotated[EvalConfig, tyro.conf.arg(name="")]) -> None:
     evaluate(config)
 
 
+def _harness(config: Annotated[HarnessConfig, tyro.conf.arg(name="")]) -> None:
+    """Be measured on the tasks of lm-evaluation-harness, which is to be installed (lm-eval)."""
+    harness(config)
+
+
 def _rejection_sample(
     config: Annotated[RejectionSampleConfig, tyro.conf.arg(name="")],
 ) -> None:
@@ -208,6 +214,7 @@ def main(args: list[str] | None = None) -> None:
                 "generate": _generate,
                 "chat": _chat,
                 "eval": _evaluate,
+                "harness": _harness,
                 "plan": _plan,
             },
             prog="deepseek-jax",

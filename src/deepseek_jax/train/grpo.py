@@ -147,7 +147,7 @@ class GrpoConfig(RunConfig):
 
     def __post_init__(self) -> None:
         """Refuse what leaves nothing to learn from, or something over."""
-        if not self.tasks:
+        if not self.tasks and not self.resume:  # a resumed run has its own
             raise UserError("name the questions with --tasks: a .jsonl file, add:3, rg:chain_sum.")
         if min(self.epochs, self.eval_tasks, self.eval_samples, self.show_every) < 1:
             raise UserError("epochs, eval_tasks, eval_samples and show_every must be at least 1.")

@@ -22,6 +22,8 @@ class PolicyOutput(NamedTuple):
     """log pi(target); the only field with a gradient, but for ``balance_loss``."""
     entropy_BT: Float[Array, "B T"]
     """Entropy of the distribution that the target was drawn from, in nats."""
+    best_logp_BT: Float[Array, "B T"]
+    """Of the likeliest token: the target's own where it is what greedy decoding takes."""
     load_LE: Int[Array, "L E"]
     balance_loss: Float[Array, ""]
 
@@ -45,7 +47,7 @@ def policy_output(
         model, params, router_bias_LE, batch, mtp=False, experts_LBTK=experts_LBTK
     )
     shape = batch.targets_BT.shape
-    logp_M, entropy_M = token_logprobs(
+    said = token_logprobs(
         hidden.main_BTD.reshape(-1, hidden.main_BTD.shape[-1]),
         losses.head(model, params),
         batch.targets_BT.reshape(-1),
@@ -53,8 +55,9 @@ def policy_output(
         kept_MX=None if kept_BTX is None else kept_BTX.reshape(-1, kept_BTX.shape[-1]),
     )
     return PolicyOutput(
-        logp_M.reshape(shape),
-        entropy_M.reshape(shape),
+        said.logp_M.reshape(shape),
+        said.entropy_M.reshape(shape),
+        said.best_logp_M.reshape(shape),
         losses.all_loads(model, hidden),
         hidden.balance_loss,
     )
@@ -92,6 +95,14 @@ def make_scorer(
     return score
 
 
+class TokenLogprobs(NamedTuple):
+    """What a distribution says about a token, and of itself; see ``PolicyOutput``."""
+
+    logp_M: Float[Array, "M"]
+    entropy_M: Float[Array, "M"]
+    best_logp_M: Float[Array, "M"]
+
+
 def token_logprobs(
     hidden_MD: Float[Array, "M D"],
     head_DV: Float[Array, "D V"],
@@ -99,8 +110,8 @@ def token_logprobs(
     *,
     temperature: float | int = 1.0,
     kept_MX: Int[Array, "M X"] | None = None,
-) -> tuple[Float[Array, "M"], Float[Array, "M"]]:
-    """The log softmax(hidden @ head / temperature)[target] of each row, and the row's entropy.
+) -> TokenLogprobs:
+    """The log softmax(hidden @ head / temperature)[target] of each row, its entropy and its top.
 
     Logits exist for a chunk of rows at a time, as in ``losses.cross_entropy``. Unlike there the
     factor of each row's gradient is not known in the forward pass (a ratio of log-probabilities
@@ -121,7 +132,7 @@ def token_logprobs(
     rows = max(1, min(M, losses.LOGITS_AT_ONCE // V))
     pad = -M % rows
     kept_MX = jnp.full((M, 0), -1, jnp.int32) if kept_MX is None else kept_MX
-    logp_M, entropy_M = _chunked(
+    logp_M, *rest = _chunked(
         jnp.pad(hidden_MD, ((0, pad), (0, 0))),
         head_DV.astype(hidden_MD.dtype),
         jnp.pad(targets_M, (0, pad)),
@@ -129,12 +140,14 @@ def token_logprobs(
         rows,
         float(temperature),
     )
-    return logp_M[:M], jax.lax.stop_gradient(entropy_M[:M])
+    return TokenLogprobs(logp_M[:M], *(jax.lax.stop_gradient(x[:M]) for x in rest))
 
 
 class _Softmax(NamedTuple):
     logits: jax.Array
     """Scaled; -inf where not kept."""
+    top_C1: jax.Array
+    """The largest of them."""
     total_C1: jax.Array
     """log of the sum of their exponentials."""
     own: jax.Array
@@ -156,21 +169,21 @@ def _softmax(chunk, head_DV: jax.Array, temperature: float) -> _Softmax:
         logits = jnp.where(kept | own | everything, logits, -jnp.inf)
     top_C1 = sharding.pmax(logits.max(-1, keepdims=True), "vocab")
     sum_C1 = sharding.psum(jnp.exp(logits - top_C1).sum(-1, keepdims=True), "vocab")
-    return _Softmax(logits, top_C1 + jnp.log(sum_C1), own)
+    return _Softmax(logits, top_C1, top_C1 + jnp.log(sum_C1), own)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _chunked(hidden_MD, head_DV, targets_M, kept_MX, rows: int, temperature: float):
     def body(_, chunk):
-        logits, total_C1, own = _softmax(chunk, head_DV, temperature)
+        logits, top_C1, total_C1, own = _softmax(chunk, head_DV, temperature)
         picked_C = jnp.where(own, logits, 0).sum(-1)
         expected_C = (jnp.exp(logits - total_C1) * jnp.where(logits > -jnp.inf, logits, 0)).sum(-1)
         picked_C, expected_C = sharding.psum((picked_C, expected_C), "vocab")
         total_C = total_C1[:, 0]
-        return None, (picked_C - total_C, total_C - expected_C)
+        return None, (picked_C - total_C, total_C - expected_C, top_C1[:, 0] - total_C)
 
-    _, (logp, entropy) = jax.lax.scan(body, None, _split(rows, hidden_MD, targets_M, kept_MX))
-    return logp.reshape(-1), entropy.reshape(-1)
+    _, each = jax.lax.scan(body, None, _split(rows, hidden_MD, targets_M, kept_MX))
+    return tuple(x.reshape(-1) for x in each)
 
 
 def _split(rows, *arrays):
@@ -189,7 +202,7 @@ def _chunked_bwd(rows, temperature, residuals, cotangents):
 
     def body(dhead, chunk):
         *inputs, g_C = chunk
-        logits, total_C1, own = _softmax(inputs, head_DV, temperature)
+        logits, _, total_C1, own = _softmax(inputs, head_DV, temperature)
         dlogits = (own - jnp.exp(logits - total_C1)) * (g_C[:, None] / temperature)
         dlogits = dlogits.astype(hidden_MD.dtype)
         dhidden = jnp.dot(dlogits, head_DV.T, preferred_element_type=jnp.float32)
