@@ -17,8 +17,8 @@ from collections.abc import Callable
 import jax
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
+from benchmarks.torch_step import torch_step
 from deepseek_jax import Batch, DeepSeekV3, ModelConfig, preset, sharding
 from deepseek_jax.config import FLOAT32
 from deepseek_jax.train import optim
@@ -55,29 +55,6 @@ def ours(config: ModelConfig, rows: np.ndarray) -> Callable[[], float]:
     return run
 
 
-def theirs(config: ModelConfig, rows: np.ndarray, experts: str) -> Callable[[], float]:
-    """The same with transformers and torch."""
-    hf = config.to_hf()
-    torch_config = AutoConfig.for_model(hf.pop("model_type"), **hf)
-    torch_config._experts_implementation = experts
-    model = AutoModelForCausalLM.from_config(torch_config, dtype=torch.float32)
-    adam = torch.optim.AdamW(model.parameters(), 2.2e-4, betas=(0.9, 0.95), weight_decay=0.1)
-    tokens, targets = (
-        torch.from_numpy(rows[:, s].astype(np.int64)) for s in (slice(-1), slice(1, None))
-    )
-
-    def run() -> float:
-        logits = model(tokens, use_cache=False).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        adam.step()
-        adam.zero_grad()
-        return loss.item()
-
-    return run
-
-
 def seconds(run: Callable[[], float], repeats: int) -> float:
     """Median of so many steps, after two that compile and warm up."""
     run(), run()
@@ -110,7 +87,7 @@ def main() -> None:
     others = {}
     for experts in ("eager", "batched_mm", "grouped_mm"):
         try:
-            others[experts] = seconds(theirs(config, rows, experts), args.repeats)
+            others[experts] = seconds(torch_step(config, rows, experts), args.repeats)
         except (RuntimeError, NotImplementedError, ValueError) as error:
             print(f"transformers, experts {experts}: {str(error).splitlines()[0]}")
             continue

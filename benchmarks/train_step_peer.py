@@ -11,49 +11,13 @@ import argparse
 import gc
 import statistics
 import time
-from collections.abc import Callable
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
+from benchmarks.torch_step import torch_step
 from benchmarks.train_step import model_arguments, slice_of
-from deepseek_jax import ModelConfig
 from deepseek_jax.plan import training_flops_per_token
-
-
-def step(
-    config: ModelConfig, rows: np.ndarray, *, dtype: torch.dtype, compiled: bool, remat: bool
-) -> Callable[[], float]:
-    """A function that makes one step and returns its loss."""
-    hf = config.to_hf()
-    torch_config = AutoConfig.for_model(hf.pop("model_type"), **hf)
-    torch_config._experts_implementation = "grouped_mm"
-    with torch.device("cuda"):
-        model = AutoModelForCausalLM.from_config(
-            torch_config, dtype=dtype, attn_implementation="sdpa"
-        )
-    model.train()
-    if remat:
-        model.gradient_checkpointing_enable()
-    forward = torch.compile(model) if compiled else model
-    adam = torch.optim.AdamW(
-        model.parameters(), 2.2e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True
-    )
-    ids = torch.from_numpy(rows.astype(np.int64)).cuda()
-    tokens, targets = ids[:, :-1], ids[:, 1:]
-
-    def run() -> float:
-        with torch.autocast("cuda", torch.bfloat16, enabled=dtype == torch.float32):
-            logits = forward(tokens, use_cache=False).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        adam.step()
-        adam.zero_grad()
-        return loss.item()
-
-    return run
 
 
 def main() -> None:
@@ -74,9 +38,11 @@ def main() -> None:
         for remat in (False, True):
             name = f"{way}{', recomputed' if remat else ''}"
             try:
-                run = step(
+                run = torch_step(
                     config,
                     rows,
+                    "grouped_mm",
+                    device="cuda",
                     dtype=getattr(torch, dtype),
                     compiled=bool(compiled),
                     remat=remat,

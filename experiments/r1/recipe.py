@@ -17,6 +17,7 @@ import jax
 import tyro
 from rich.console import Console
 
+from deepseek_jax.checkpoint.files import write_json
 from deepseek_jax.data.prompts import PromptStyle
 from deepseek_jax.types import UserError
 from experiments.r1 import base, cold_start, distill, reasoning, rejection, scenarios, zero
@@ -75,15 +76,8 @@ def claim(s: Setting) -> None:
     wanted = {k: v for k, v in dataclasses.asdict(s).items() if k != "out"}
     if path.exists() and json.loads(path.read_text()) != wanted:
         raise UserError(f"{s.out} holds a chain of another setting; choose another --out.")
+    (s.out / "figures").mkdir(parents=True, exist_ok=True)
     write_json(path, wanted)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """At once or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
 
 
 def run(s: Setting) -> Path:

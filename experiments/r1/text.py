@@ -9,12 +9,12 @@ rarer habit: reward selects it. No text holds a held-out sum, in either order, o
 request.
 """
 
-import json
 import random
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from deepseek_jax.checkpoint.files import write_json_lines
 from deepseek_jax.data.tasks import Task, addition, content_hash, split
 
 HELD_OUT = 0.05
@@ -133,10 +133,6 @@ def replies(known: World, count: int, seed: int) -> Iterator[dict[str, Any]]:
 
 def write_lines(path: Path, records: Callable[[], Iterable[dict[str, Any]]]) -> None:
     """JSON lines, unless the file is there; it appears when it is complete."""
-    if path.exists():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records())
-    partial.write_text("".join(lines), encoding="utf-8")
-    partial.replace(path)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json_lines(path, records())

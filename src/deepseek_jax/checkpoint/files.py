@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,10 +30,20 @@ def local_path(directory: str | os.PathLike[str]) -> Path:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Writes ``value`` so that ``path`` holds the old or the new text, never a part of it."""
+    """``write_text`` of ``value`` as JSON."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_json_lines(path: Path, records: Iterable[object]) -> None:
+    """``write_text`` of a line of JSON for each record."""
+    write_text(path, "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in records))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes so that ``path`` holds the old or the new text, never a part of it."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

@@ -1,23 +1,21 @@
 """``deepseek-jax eval``: tasks judged by rules, and text measured in bits per byte."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 from rich.console import Console
 from rich.progress import Progress
 
-from deepseek_jax.cli.serving import Opened, ServingConfig, opened
+from deepseek_jax.checkpoint.files import write_json, write_json_lines
+from deepseek_jax.cli.serving import Opened, ServingConfig, opened, refuse_existing
 from deepseek_jax.data.pipeline import DataConfig, EvalBatch, eval_batches
 from deepseek_jax.data.prompts import Prompter, PromptStyle
 from deepseek_jax.data.tasks import Task, open_tasks
 from deepseek_jax.evaluate import Solved, solve
 from deepseek_jax.report import summary_table
 from deepseek_jax.rewards.verifiers import Verifier, verifier
-from deepseek_jax.sharding import param_shardings
 from deepseek_jax.train.loop import divide_batch
 from deepseek_jax.train.run import all_of, make_evaluate
 from deepseek_jax.types import TrainState, UserError
@@ -59,13 +57,12 @@ class EvalConfig(SolvingConfig):
 
 def evaluate(config: EvalConfig) -> dict[str, float]:
     """Measure, print a table, write JSON."""
-    if config.out is not None and config.out.exists():
-        raise UserError(f"{config.out} exists; choose another --out, or remove it.")
+    refuse_existing(config.out)
     with opened(config) as ready:
         figures = _on_tasks(config, ready) if config.tasks else _on_text(config, ready)
     if config.out is not None:
         config.out.parent.mkdir(parents=True, exist_ok=True)
-        config.out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        write_json(config.out, figures)
     rows = [{"figure": name, "value": value} for name, value in figures.items()]
     Console().print(summary_table(rows))
     return figures
@@ -76,18 +73,18 @@ def _on_tasks(config: EvalConfig, ready: Opened) -> dict[str, float]:
     tasks = list(open_tasks(config.tasks, size=config.limit))
     solved = attempt(config, ready, tasks)
     if config.out is not None:
-        attempts = config.out.with_suffix(".jsonl")
-        attempts.parent.mkdir(parents=True, exist_ok=True)
-        with attempts.open("w", encoding="utf-8") as file:
-            for row, samples in enumerate(solved.samples):
-                for column, sample in enumerate(samples):
-                    line = {
-                        "prompt": tasks[row].prompt,
-                        "answer": tasks[row].answer,
-                        "completion": sample.completion.text,
-                        "correct": bool(solved.correct_Pk[row, column]),
-                    }
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        config.out.parent.mkdir(parents=True, exist_ok=True)
+        lines = [
+            {
+                "prompt": tasks[row].prompt,
+                "answer": tasks[row].answer,
+                "completion": sample.completion.text,
+                "correct": bool(solved.correct_Pk[row, column]),
+            }
+            for row, samples in enumerate(solved.samples)
+            for column, sample in enumerate(samples)
+        ]
+        write_json_lines(config.out.with_suffix(".jsonl"), lines)
     return {"tasks": float(len(tasks))} | solved.scalars()
 
 
@@ -110,7 +107,6 @@ def attempt(config: SolvingConfig, ready: Opened, tasks: Sequence[Task]) -> Solv
 
 def _on_text(config: EvalConfig, ready: Opened) -> dict[str, float]:
     seq_len = min(config.seq_len, ready.model.config.max_position_embeddings)
-    rows = -(-config.slots // ready.mesh.size) * ready.mesh.size
     # All of the text is what is measured: it is held out of itself.
     data = DataConfig(source=config.text, held_out_source=config.text, seq_len=seq_len)
 
@@ -118,8 +114,7 @@ def _on_text(config: EvalConfig, ready: Opened) -> dict[str, float]:
         return eval_batches(data, ready.tokenizer, size)
 
     trainee = all_of(ready.model, ready.mesh)
-    measure = make_evaluate(batches, trainee, divide_batch(rows, seq_len, ready.mesh))
-    where = param_shardings(ready.mesh, trainee.axes, ready.params)
-    params = jax.device_put(ready.params, where)
-    found = measure(TrainState(jnp.int32(0), params, (), ready.router_bias_LE), None)
+    measure = make_evaluate(batches, trainee, divide_batch(ready.rows(config), seq_len, ready.mesh))
+    state = TrainState(jnp.int32(0), ready.training_params(), (), ready.router_bias_LE)
+    found = measure(state, None)
     return {name.removeprefix("eval_"): value for name, value in found.scalars().items()}

@@ -12,7 +12,14 @@ import tyro
 from rich.console import Console
 from rich.progress import Progress
 
-from deepseek_jax.cli.serving import Opened, ServingConfig, Stream, opened, with_seed
+from deepseek_jax.cli.serving import (
+    Opened,
+    ServingConfig,
+    Stream,
+    opened,
+    refuse_existing,
+    with_seed,
+)
 from deepseek_jax.data.conversations import Message, parse_messages
 from deepseek_jax.data.records import JsonRecords
 from deepseek_jax.data.tokenizer import THINK
@@ -97,8 +104,7 @@ def _generate_file(config: GenerateConfig, ready: Opened) -> None:
     """Every line as soon as it is done goes to ``out.partial``; the whole, in order, to ``out``."""
     assert config.prompts is not None
     assert config.out is not None
-    if config.out.exists():
-        raise UserError(f"{config.out} exists; choose another --out, or remove it.")
+    refuse_existing(config.out)
     records = list(_read(config, ready, JsonRecords(config.prompts)))
     if not records:
         raise UserError(f"{config.prompts} holds no prompt.")

@@ -1,13 +1,13 @@
 """``deepseek-jax harness``: the tasks of lm-evaluation-harness."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from deepseek_jax.cli.serving import ServingConfig, opened
+from deepseek_jax.checkpoint.files import write_json
+from deepseek_jax.cli.serving import ServingConfig, opened, refuse_existing
 from deepseek_jax.generate import Sampling
 from deepseek_jax.types import UserError
 
@@ -40,8 +40,7 @@ class HarnessConfig(ServingConfig):
 
 def harness(config: HarnessConfig) -> dict[str, Any]:
     """Measure, print the harness's table, write JSON."""
-    if config.out is not None and config.out.exists():
-        raise UserError(f"{config.out} exists; choose another --out, or remove it.")
+    refuse_existing(config.out)
     try:
         import lm_eval  # pyrefly: ignore
         from lm_eval.tasks import TaskManager  # pyrefly: ignore
@@ -75,6 +74,6 @@ def harness(config: HarnessConfig) -> dict[str, Any]:
     if config.out is not None:
         config.out.parent.mkdir(parents=True, exist_ok=True)
         kept = {name: results[name] for name in ("results", "versions", "n-shot", "n-samples")}
-        config.out.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+        write_json(config.out, kept)
     Console().print(make_table(results), markup=False, highlight=False)
     return results["results"]

@@ -4,22 +4,17 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
-from jaxtyping import Array, Float
 from lm_eval.api.model import TemplateLM  # pyrefly: ignore
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # pyrefly: ignore
 from rich.progress import track
 
-from deepseek_jax import sharding
 from deepseek_jax.cli.serving import Opened, ServingConfig
 from deepseek_jax.data.conversations import Message
 from deepseek_jax.generate import Sampling, completion_text, text_request
-from deepseek_jax.model.transformer import logical_axes
-from deepseek_jax.train.logprobs import policy_output
+from deepseek_jax.train.logprobs import make_scorer
 from deepseek_jax.train.loop import divide_batch
-from deepseek_jax.train.step import BATCH_SPEC
-from deepseek_jax.types import Batch, Params, UserError
+from deepseek_jax.types import Batch, Params, Rollout, UserError
 
 # Rows are padded to a power of two of at least so many tokens: a program for each such length.
 SHORTEST = 64
@@ -41,14 +36,16 @@ class HarnessModel(TemplateLM):
         self._ready, self._config, self._chat = ready, config, chat
         most = ready.model.config.max_position_embeddings
         self.max_length = min(config.max_length or most, most)
-        self._rows = -(-config.slots // ready.mesh.size) * ready.mesh.size
-        if ready.tokenizer.eos_id is None:
+        self._rows = ready.rows(config)
+        eos = ready.tokenizer.eos_id
+        if eos is None:
             raise UserError("the tokenizer has no end-of-sequence token, which the harness needs.")
+        self._eos: int = eos
 
     @property
     def eot_token_id(self) -> int:
         """Ends a text."""
-        return self._ready.tokenizer.eos_id or 0
+        return self._eos
 
     @property
     def prefix_token_id(self) -> int:
@@ -138,42 +135,23 @@ class HarnessModel(TemplateLM):
             inside_BT,
         )
         feed = divide_batch(self._rows, T, self._ready.mesh)
-        logp_BT, best_BT = self._scorer(
-            self._params, self._ready.router_bias_LE, feed.place([feed.own(batch)])
-        )
+        rows_1BT = feed.place([feed.own(Rollout(batch, np.zeros(self._rows, np.float32)))])
+        said = self._scorer(self._params, self._ready.router_bias_LE, rows_1BT)
+        logp_BT, best_BT = (np.asarray(x[0]) for x in said)
         counts = counts_BT.astype(bool)
-        logp, greedy = np.asarray(logp_BT[0]), np.asarray(logp_BT[0] >= best_BT[0])
+        greedy_BT = logp_BT >= best_BT
         return [
-            (float(logp[row][counts[row]].sum()), bool(greedy[row][counts[row]].all()))
+            (float(logp_BT[row][counts[row]].sum()), bool(greedy_BT[row][counts[row]].all()))
             for row in range(len(rows))
         ]
 
     @functools.cached_property
     def _params(self) -> Params:
-        ready = self._ready
-        where = sharding.param_shardings(ready.mesh, logical_axes(ready.model), ready.params)
-        return jax.device_put(ready.params, where)
+        return self._ready.training_params()
 
     @functools.cached_property
     def _scorer(self) -> Any:
-        model, mesh = self._ready.model, self._ready.mesh
-
-        def local(
-            params: Params, bias_LE: Array, batch_1BT: Batch
-        ) -> tuple[Float[Array, "1 B T"], Float[Array, "1 B T"]]:
-            batch = jax.tree.map(lambda x: x[0], batch_1BT)
-            said = policy_output(model, params, bias_LE, batch)
-            return said.logp_BT[None], said.best_logp_BT[None]
-
-        @jax.jit
-        def score(params: Params, bias_LE: Array, batch_1BT: Batch) -> Any:
-            specs = sharding.param_specs(mesh, logical_axes(model), params)
-            in_specs = (specs, sharding.spec(), BATCH_SPEC)
-            return sharding.per_device(local, in_specs, (BATCH_SPEC, BATCH_SPEC))(
-                params, bias_LE, batch_1BT
-            )
-
-        return score
+        return make_scorer(self._ready.model.clone(whole_rows=True), 1.0)
 
     def loglikelihood_rolling(self, requests: Sequence[Any], **_: Any) -> list[float]:
         """Of whole texts, each token with as much context as there is."""

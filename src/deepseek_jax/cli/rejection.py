@@ -1,13 +1,13 @@
 """``deepseek-jax rejection-sample``: a policy's own good answers, to fine-tune on."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
 
+from deepseek_jax.checkpoint.files import write_json, write_json_lines
 from deepseek_jax.cli.evaluate import SolvingConfig, attempt
-from deepseek_jax.cli.serving import opened
+from deepseek_jax.cli.serving import opened, refuse_existing
 from deepseek_jax.data.prompts import PromptStyle
 from deepseek_jax.data.tasks import open_tasks, split
 from deepseek_jax.generate import Sampling
@@ -46,8 +46,7 @@ def rejection_sample(config: RejectionSampleConfig) -> Sifted:
     """Ask, judge, sift, and write what is left; a file appears when it is complete."""
     assert config.tasks is not None
     assert config.out is not None
-    if config.out.exists():
-        raise UserError(f"{config.out} exists; choose another --out, or remove it.")
+    refuse_existing(config.out)
     with opened(config) as ready:
         found = open_tasks(config.tasks, size=config.limit, seed=config.task_seed)
         tasks = split(found, config.held_out_fraction).train[: config.limit]
@@ -55,12 +54,8 @@ def rejection_sample(config: RejectionSampleConfig) -> Sifted:
     if not sifted.records:
         raise UserError(f"no answer is fit to be kept of {sifted.counts}; sample more of them.")
     config.out.parent.mkdir(parents=True, exist_ok=True)
-    partial = config.out.with_name(config.out.name + ".partial")
-    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in sifted.records)
-    partial.write_text("".join(lines), encoding="utf-8")
-    counts = json.dumps(sifted.counts, indent=1) + "\n"
-    config.out.with_suffix(".counts.json").write_text(counts, encoding="utf-8")
-    partial.replace(config.out)
+    write_json(config.out.with_suffix(".counts.json"), sifted.counts)
+    write_json_lines(config.out, sifted.records)  # last: where it is, all is
     rows = [{"answers": name, "number": count} for name, count in sifted.counts.items()]
     Console().print(summary_table(rows))
     return sifted

@@ -22,8 +22,8 @@ from deepseek_jax.data.chat import ChatTemplate
 from deepseek_jax.data.tokenizer import END_THINK, THINK, Tokenizer
 from deepseek_jax.generate import Engine, EngineConfig, Sampling
 from deepseek_jax.model.layers import fp8_kernels
-from deepseek_jax.model.transformer import DeepSeekV3, sharded_params
-from deepseek_jax.sharding import make_mesh, sharding
+from deepseek_jax.model.transformer import DeepSeekV3, logical_axes, sharded_params
+from deepseek_jax.sharding import make_mesh, param_shardings, sharding
 from deepseek_jax.types import Params, UserError
 
 
@@ -72,6 +72,15 @@ class Opened(NamedTuple):
         """How conversations are written for this model."""
         return ChatTemplate.load(self.folder, self.tokenizer)
 
+    def rows(self, config: ServingConfig) -> int:
+        """As many as slots, rounded up to what divides evenly over the mesh."""
+        return -(-config.slots // self.mesh.size) * self.mesh.size
+
+    def training_params(self) -> Params:
+        """The parameters where the training step has them."""
+        axes = logical_axes(self.model)
+        return jax.device_put(self.params, param_shardings(self.mesh, axes, self.params))
+
     def engine(self, config: ServingConfig, longest_prompt: int) -> Engine:
         """An engine for prompts of at most so many tokens. To be used under ``set_mesh``."""
         most = self.model.config.max_position_embeddings
@@ -103,6 +112,16 @@ class Opened(NamedTuple):
             highlight=False,
         )
         return engine
+
+
+def refuse_existing(out: Path | None) -> None:
+    """Nothing is written over.
+
+    Raises:
+        UserError: there is such a file.
+    """
+    if out is not None and out.exists():
+        raise UserError(f"{out} exists; choose another --out, or remove it.")
 
 
 @contextlib.contextmanager

@@ -160,7 +160,13 @@ def _step(config: PlanConfig, mesh: Mesh) -> tuple[compiler.Step, int, float]:
         per_token = 2.0 * param_counts(c).active + attention * config.seq * c.num_hidden_layers
         step = compiler.decode_step(model, mesh, config.batch, config.seq, fp8=fp8)
         return step, config.batch, per_token * config.batch
-    model = DeepSeekV3(config.model, config.precision, config.remat or "full", config.parallel)
+    model = DeepSeekV3(
+        config.model,
+        config.precision,
+        config.remat or "full",
+        config.parallel,
+        whole_rows=not config.lora.lora_rank,  # pretraining's rows; fine-tuning packs its own
+    )
     step = compiler.training_step(
         model,
         OptimConfig(moments=config.moments),

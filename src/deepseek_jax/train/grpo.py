@@ -388,13 +388,13 @@ class _Trainer:
             # With one update per rollout, the policy that is updated is the one that sampled.
             if config.epochs * config.minibatches > 1:
                 old = self.score(state.params, state.router_bias_LE, rollout)
-                rollout = rollout._replace(old_logp_BT=old)
+                rollout = rollout._replace(old_logp_BT=old.logp_ABT)
             if self.beta:
                 # The reference is another policy: it chooses its experts itself.
                 reference = reference_params(state.opt_state)
                 own = rollout._replace(experts_BTLK=None)
                 ref = self.score(reference, state.router_bias_LE, own)
-                rollout = rollout._replace(ref_logp_BT=ref)
+                rollout = rollout._replace(ref_logp_BT=ref.logp_ABT)
             ready.append(rollout)
         return [ready[i] for _ in range(config.epochs) for i in rng.permutation(len(ready))]
 

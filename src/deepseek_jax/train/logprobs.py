@@ -63,16 +63,21 @@ def policy_output(
     )
 
 
-def make_scorer(
-    model: DeepSeekV3, temperature: float
-) -> Callable[[Params, Any, Rollout], Float[Array, "A B T"]]:
-    """``score(params, bias, rollout_ABT)``: a policy's log-probabilities of the tokens, compiled.
+class Scores(NamedTuple):
+    """Log-probabilities of the tokens of a rollout, and of those that greedy decoding takes."""
+
+    logp_ABT: Float[Array, "A B T"]
+    best_logp_ABT: Float[Array, "A B T"]
+
+
+def make_scorer(model: DeepSeekV3, temperature: float) -> Callable[[Params, Any, Rollout], Scores]:
+    """``score(params, bias, rollout_ABT)``: what a policy says about the tokens, compiled.
 
     A micro-batch at a time, as the training step does.
     """
 
-    def local(params: Params, bias_LE: Array, rollout: Rollout) -> Array:
-        def micro(_: None, part: Rollout) -> tuple[None, Array]:
+    def local(params: Params, bias_LE: Array, rollout: Rollout) -> Scores:
+        def micro(_: None, part: Rollout) -> tuple[None, Scores]:
             said = policy_output(
                 model,
                 params,
@@ -82,12 +87,12 @@ def make_scorer(
                 kept_BTX=part.kept_BTX,
                 experts_BTLK=part.experts_BTLK,
             )
-            return None, said.logp_BT
+            return None, Scores(said.logp_BT, said.best_logp_BT)
 
         return jax.lax.scan(micro, None, rollout)[1]
 
     @jax.jit
-    def score(params: Params, bias_LE: Array, rollout: Rollout) -> Array:
+    def score(params: Params, bias_LE: Array, rollout: Rollout) -> Scores:
         specs = sharding.param_specs(jax.sharding.get_abstract_mesh(), logical_axes(model), params)
         in_specs = (specs, sharding.spec(), batch_specs(rollout))
         return sharding.per_device(local, in_specs, BATCH_SPEC)(params, bias_LE, rollout)
