@@ -1,12 +1,14 @@
 """The training step: accumulation, skipping, and eight devices against one."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import profile_parts
 from deepseek_jax import Batch, DeepSeekV3, sharding
 from deepseek_jax.config import FLOAT32
 from deepseek_jax.train import optim
@@ -121,3 +123,19 @@ def test_a_bad_step_changes_nothing(reason):
 
 def test_violation_is_zero_when_balanced():
     np.testing.assert_allclose(load_violation(jnp.array([[2, 2, 2, 2], [8, 0, 0, 0]])), [0, 3])
+
+
+def test_a_profile_finds_every_part_of_the_step():
+    """Forward and backward: the parts that benchmarks tell apart are scopes of the model."""
+    mesh, init, step = compiled()
+    with jax.set_mesh(mesh):
+        batch = divide_batch(8, 12, mesh).place([rows(0)])
+        state = jax.eval_shape(init, jax.random.key(0))
+        text = step.lower(state, batch, np.float32(np.inf)).as_text(debug_info=True)
+    scopes = re.findall(r'"(jit\([^"]*)"', text)
+    for backward in (False, True):
+        found = {profile_parts.part_of(s) for s in scopes if ("transpose(" in s) == backward}
+        # The loss makes its gradient in the forward pass; the optimizer has none.
+        assert set(profile_parts.PARTS) - found <= (
+            {"head_and_loss", "optimizer"} if backward else set()
+        )
