@@ -3,6 +3,9 @@
 Pallas' GPU interface is experimental and moves; every version switch of this package is here.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
@@ -42,20 +45,24 @@ def multiprocessors() -> int:
     return jax.local_devices()[0].core_count if is_hopper() else _H100_MULTIPROCESSORS
 
 
-def compiler_params() -> plgpu.CompilerParams:
+def compiler_params(**params) -> plgpu.CompilerParams:
     """Arrays are owned by a warpgroup: the default from 0.11 on, to be asked for before."""
-    return plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup)
+    return plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup, **params)
 
 
-def kernel(body, *, interpret: bool, **kwargs):
-    """`plgpu.kernel`, or its simulation on the CPU with every barrier and buffer kept track of."""
+def kernel(body, *, interpret: bool, params: Mapping[str, Any] | None = None, **kwargs):
+    """`plgpu.kernel`, or its simulation on the CPU with every barrier and buffer kept track of.
+
+    ``params`` are those of the compiler that differ from Pallas' own.
+    """
     simulation = None
     if interpret:
         # What TMA reads outside an array is zero; the simulation calls that uninitialized.
         simulation = InterpretParams(
             out_of_bounds_reads="uninitialized", uninitialized_memory="zero"
         )
-    call = plgpu.kernel(body, compiler_params=compiler_params(), interpret=simulation, **kwargs)
+    compiling = compiler_params(**(params or {}))
+    call = plgpu.kernel(body, compiler_params=compiling, interpret=simulation, **kwargs)
 
     def varying(*operands):
         # Pallas calls its results the same on all devices of a `shard_map`.
