@@ -1,4 +1,4 @@
-"""Block-scaled FP8 and grouped matmul kernels in Pallas; imports jax only.
+"""Block-scaled FP8, grouped matmul and latent attention kernels in Pallas; imports jax only.
 
 * `quantize`: `quantize_tiles` and `quantize_blocks` (E4M3 with FP32 scales), both axes in one pass
   (`quantize_tiles_both`, `quantize_blocks_both`), and of a SwiGLU (`swiglu_quantize_tiles_both`).
@@ -8,6 +8,7 @@
   over, which are zeros and cost nothing.
 * `linear`: whole layers with all three products in FP8, differentiable: `fp8_linear`,
   `fp8_grouped_linear`, and both with a SwiGLU in front.
+* `mla_attention`: `mla_decode`, attention over the latent cache.
 * `reference`: what all of these must equal, in plain ``jax.numpy``.
 
 ``impl="auto"`` takes the fastest that can run and logs what it took; any other is taken at its word

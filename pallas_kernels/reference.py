@@ -270,6 +270,40 @@ def fp8_grouped_wgrad(
     return jnp.einsum("GMK,GNK->GMN", a_GMK, b_GNK, precision="highest").astype(out_dtype)
 
 
+def mla_decode(
+    q_nope_BTNR: Float[Array, "B T N R"],
+    q_pe_BTNP: Float[Array, "B T N P"],
+    c_kv_LBSR: Float[Array, "L B S R"],
+    k_pe_LBSP: Float[Array, "L B S P"],
+    length_B: Int[Array, "B"],
+    layer: Int[Array, ""] | int,
+    *,
+    scale: float,
+) -> Float[Array, "B T N R"]:
+    """Attention over one layer of the latent cache (V2 section 2.1.2), in FP32.
+
+    Query t of row b sees the slots up to its own, ``length_B[b] + t``. What the others hold is of
+    no effect, and a query that sees none gets zeros.
+    """
+    T, S = q_nope_BTNR.shape[1], c_kv_LBSR.shape[2]
+    own_BT = length_B[:, None] + jnp.arange(T)
+    seen_BTS = jnp.arange(S) <= own_BT[..., None]
+    # What nobody sees must not be multiplied: zero times NaN is NaN.
+    seen_BS = seen_BTS[:, -1]
+    q_nope, q_pe = q_nope_BTNR.astype(jnp.float32), q_pe_BTNP.astype(jnp.float32)
+    c_kv, k_pe = (
+        jnp.where(seen_BS[..., None], x[layer].astype(jnp.float32), 0)
+        for x in (c_kv_LBSR, k_pe_LBSP)
+    )
+    scores = jnp.einsum("btnr,bsr->btns", q_nope, c_kv, precision="highest")
+    scores += jnp.einsum("btnp,bsp->btns", q_pe, k_pe, precision="highest")
+    seen_BT1S = seen_BTS[:, :, None]
+    weights = jax.nn.softmax(scores * scale, axis=-1, where=seen_BT1S)
+    weights = jnp.where(seen_BT1S.any(-1, keepdims=True), weights, 0)
+    out = jnp.einsum("btns,bsr->btnr", weights, c_kv, precision="highest")
+    return out.astype(q_nope_BTNR.dtype)
+
+
 def _own_rows(group_sizes: Int[Array, "G"], m: int) -> Bool[Array, "G M"]:
     """Which of m rows belong to each group."""
     ends_G = jnp.cumsum(group_sizes)

@@ -20,6 +20,7 @@ from deepseek_jax.config import LATENT_NORM_EPS
 from deepseek_jax.model.layers import ParamModule, dequantized, dot, linear, rms_norm
 from deepseek_jax.model.rope import apply_rope
 from deepseek_jax.types import KVCache
+from pallas_kernels.mla_attention import has_kernel, mla_decode
 from pallas_kernels.quantize import quantize_tiles
 from pallas_kernels.reference import TILE, Quantized
 
@@ -111,6 +112,7 @@ def attend(
     return out
 
 
+@jax.named_scope("attention_core")
 def attend_absorbed(
     q_nope_BTNR: Float[Array, "B T N R"],
     q_pe_BTNP: Float[Array, "B T N P"],
@@ -120,8 +122,12 @@ def attend_absorbed(
 ) -> Float[Array, "B T N R"]:
     """Attention over the latent cache with absorbed queries: one "KV head" of width R + P.
 
-    Query t of row b sits in slot ``cache.length_B[b] + t`` and sees the slots up to its own.
+    Query t of row b sits in slot ``cache.length_B[b] + t`` and sees the slots up to its own. By a
+    kernel where one fits, which leaves out a latent in FP8.
     """
+    operands = q_nope_BTNR, q_pe_BTNP, cache.c_kv_LBSR, cache.k_pe_LBSP
+    if cache.scale_LBSG is None and has_kernel(*operands):
+        return mla_decode(*operands, cache.length_B, layer, scale=scale)
 
     def scores(c_kv_BSR: jax.Array) -> jax.Array:
         return jnp.einsum(
@@ -131,6 +137,7 @@ def attend_absorbed(
     return _over_cache(q_pe_BTNP, cache, layer, scale, lambda c_kv: (scores(c_kv), c_kv))
 
 
+@jax.named_scope("attention_core")
 def attend_expanded(
     q_nope_BTNC: Float[Array, "B T N C"],
     q_pe_BTNP: Float[Array, "B T N P"],
@@ -156,7 +163,6 @@ def attend_expanded(
     return _over_cache(q_pe_BTNP, cache, layer, scale, scores_and_values)
 
 
-@jax.named_scope("attention_core")
 def _over_cache(
     q_pe_BTNP: jax.Array,
     cache: KVCache,
