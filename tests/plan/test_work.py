@@ -125,6 +125,22 @@ def test_kernels_count_as_they_say_and_grouped_ones_by_their_rows():
     assert work.count(program, pairs=600).ragged_flops == 2 * (2 * 600 * 256 * 128)
 
 
+def test_kernels_move_what_they_say_and_not_the_stack_that_they_read_a_layer_of():
+    def moved(said: int) -> float:
+        estimate = f'{{"flops":"1","transcendentals":"0","bytes_accessed":"{said}"}}'
+        program = _program(
+            "  %cache = bf16[61,16,64]{2,1,0} parameter(0)\n"
+            "  ROOT %y = bf16[16,64]{1,0} custom-call(%cache), "
+            'custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/mla_decode"}, '
+            f'backend_config={{"custom_call_config":{{"cost_estimate":{estimate}}}}}'
+        )
+        return work.count(program).hbm_bytes
+
+    layer = 16 * 64 * 2
+    assert moved(2 * layer) == 2 * layer
+    assert moved(1000 * layer) == 62 * layer  # some kernels count what they read twice
+
+
 _SLICES = """
 %slice_fusion (p.0: f32[58,64,64], p.1: s32[], p.2: f32[32,64]) -> f32[32,64] {
   %p.0 = f32[58,64,64]{2,1,0} parameter(0)
