@@ -60,7 +60,7 @@ def mla_decode(
     if impl == "reference":
         return reference.mla_decode(*operands, scale=scale)
     if not (_hopper_can if impl == "hopper" else _tpu_can)(*arrays):
-        shapes = ", ".join(f"{x.dtype}{x.shape}" for x in arrays)
+        shapes = ", ".join(f"{x.dtype}{list(x.shape)}" for x in arrays)
         raise ValueError(f"mla_decode: impl={impl!r} cannot take {shapes}")
     if impl == "hopper":
         from pallas_kernels.hopper import mla_attention as hopper

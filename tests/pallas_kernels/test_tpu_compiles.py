@@ -1,5 +1,6 @@
 """TPU kernels compile ahead of time, for chips that nobody needs to have (pip install libtpu)."""
 
+import functools
 import os
 
 import jax
@@ -10,7 +11,7 @@ from jax.sharding import SingleDeviceSharding
 
 from pallas_kernels import quantize, reference
 from pallas_kernels.reference import Quantized
-from pallas_kernels.tpu import grouped_matmul, matmul
+from pallas_kernels.tpu import grouped_matmul, matmul, mla_attention
 
 pytest.importorskip("libtpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else libtpu asks a metadata server, and waits
@@ -69,3 +70,22 @@ def test_fp8_grouped(topology, native_fp8, m, k, n, groups):
     a = shape(k, 128 * most, dtype=reference.E4M3), shape(most, k)
     b = shape(n, 128 * most, dtype=reference.E4M3), shape(most, n)
     assert jax.jit(wgrad).lower(*a, *b, sizes).compile() is not None
+
+
+@each_chip
+@pytest.mark.parametrize(
+    ("b", "t", "n", "s"),
+    [(16, 1, 128, 4096), (16, 2, 128, 4096), (2, 16, 128, 4096), (3, 3, 5, 1000)],
+)
+def test_mla_decode(topology, native_fp8, b, t, n, s):
+    """V3's decode step; a draft to check; a chunk of a prompt; what fills no block and no tile."""
+    del native_fp8
+    shape = functools.partial(shapes_on(topology), dtype=jnp.bfloat16)
+    queries = shape(b, t, n, 512), shape(b, t, n, 64)
+    layers = 61
+    cache = shape(layers, b, s, 512), shape(layers, b, s, 64)
+    ints = shape(b, dtype=jnp.int32), shape(dtype=jnp.int32)
+    decode = jax.jit(functools.partial(mla_attention.mla_decode, scale=0.1))
+    memory = decode.lower(*queries, *cache, *ints).compile().memory_analysis()
+    # Queries may be copied; of the cache not one layer is, its narrow rotary part included.
+    assert memory.temp_size_in_bytes < 2 * b * (t * n * (512 + 64) + s * 64)
