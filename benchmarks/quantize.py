@@ -16,6 +16,7 @@ from benchmarks.timing import deadline, median_seconds
 from pallas_kernels import quantize
 
 SHAPES = [(16384, 7168), (32768, 2048), (4096, 7168)]
+WEIGHTS = (16, 7168, 2048)
 SECONDS_PER_ROW = 60
 
 
@@ -35,12 +36,28 @@ def _row(label, f, inputs, copy_rate=None):
     return rate
 
 
+def _implementations(no_xla: bool):
+    return (("hopper", "kernel"),) if no_xla else (("hopper", "kernel"), ("reference", "XLA"))
+
+
+def _weights(no_xla: bool):
+    """The masters of a layer's experts, as a training step quantizes them."""
+    print(f"\n{WEIGHTS}, float32")
+    # None of them fits into the cache.
+    inputs = [(jax.random.normal(jax.random.key(i), WEIGHTS),) for i in range(2)]
+    copy_rate = _row("copy", jax.jit(jnp.copy), inputs)
+    for impl, name in _implementations(no_xla):
+        blocks = functools.partial(quantize.quantize_blocks_both, impl=impl)
+        _row(f"128x128 blocks, both ways, {name}", blocks, inputs, copy_rate)
+
+
 def main():
     """Print a table for each shape."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--no-xla", action="store_true", help="time the kernels only")
     arguments = parser.parse_args()
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}")
+    _weights(arguments.no_xla)
     for shape in SHAPES:
         print(f"\n{shape}, bfloat16")
         # Enough sets of inputs that none is in the cache when its turn comes.
@@ -52,9 +69,7 @@ def main():
             jnp.asarray(sizes_of_groups(32, shape[0], 0.5), jnp.int32), shape[0]
         )
         grouped = [(*x, tiles) for x in inputs]
-        for impl, name in (("hopper", "kernel"), ("reference", "XLA")):
-            if arguments.no_xla and impl == "reference":
-                continue
+        for impl, name in _implementations(arguments.no_xla):
             of_impl = functools.partial(functools.partial, impl=impl)
             rows = of_impl(quantize.quantize_tiles)
             _row(f"rows, {name}", rows, inputs, copy_rate)

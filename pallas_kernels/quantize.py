@@ -206,11 +206,12 @@ def quantize_blocks_both(
     Args:
         w: A matrix, or one per group.
         power_of_two: Round scales up to powers of two.
-        impl: ``hopper`` reads bfloat16 matrices once, whose sides are multiples of 128; ``auto``
-            takes it where it can run.
+        impl: ``hopper`` reads matrices in bfloat16 or float32 once, whose sides are multiples of
+            128; ``auto`` takes it where it can run.
     """
     *lead, rows, columns = w.shape
-    fits = w.dtype == jnp.bfloat16 and rows % TILE == columns % TILE == 0 and 0 not in w.shape
+    fits = w.dtype in (jnp.bfloat16, jnp.float32)
+    fits = fits and rows % TILE == columns % TILE == 0 and 0 not in w.shape
     if impl == "auto":
         impl = "hopper" if fits and _both_on_hopper() else "reference"
     if impl == "reference":

@@ -7,7 +7,11 @@ and the quantized transpose leaves through shared memory in whole lines of 128 b
 
 Needs jax 0.11: before, Pallas finds no layout for a transposed load.
 
-Bound by device memory: a BF16 element moves 2 bytes in and 2 out, or 4 in and 2 out for a SwiGLU.
+A block of a weight, 128 x 128 with one scale, is quantized once, and what is transposed is the
+result. So it may also be FP32, of which no bit is lost.
+
+Bound by device memory: a BF16 element moves 2 bytes in and 2 out, or 4 in and 2 out for a SwiGLU or
+an FP32 weight.
 """
 
 import functools
@@ -27,6 +31,9 @@ from pallas_kernels.reference import E4M3, TILE, Quantized, RaggedTiles, scales_
 _ROWS = 64  # of a tile, in registers at a time
 _COLUMNS = 64  # likewise, of its transpose
 _ONE_EACH = plgpu.Layout.WG_STRIDED((TILE,), 1)  # of the threads
+# A block in shared memory, in lines of 128 bytes, 8 rows after one another.
+_SIXTEEN_BITS = (plgpu.TilingTransform((8, TILE // 2)), plgpu.SwizzleTransform(TILE))
+_EIGHT_BITS = (plgpu.TilingTransform((8, TILE)), plgpu.SwizzleTransform(TILE))
 
 
 def quantize_both(
@@ -64,14 +71,11 @@ def quantize_both(
     shape = jax.ShapeDtypeStruct
     rows = (shape((m, k), E4M3), shape((k // TILE, m), jnp.float32))
     columns = (shape((k, most * TILE), E4M3), shape((most, k), jnp.float32))
-    # Mosaic tiles memory by 8 rows: which matters to the transposed values alone.
-    staging = (plgpu.TilingTransform((8, TILE)), plgpu.SwizzleTransform(TILE))
-    bf16 = (plgpu.TilingTransform((8, TILE // 2)), plgpu.SwizzleTransform(TILE))
     scratch = dict(
         rows_scale=plgpu.SMEM((TILE,), jnp.float32),
         columns_scale=plgpu.SMEM((TILE,), jnp.float32),
-        block=plgpu.SMEM((TILE, TILE), jnp.bfloat16, transforms=bf16),
-        transposed=plgpu.SMEM((TILE, TILE), E4M3, transforms=staging),
+        block=plgpu.SMEM((TILE, TILE), jnp.bfloat16, transforms=_SIXTEEN_BITS),
+        transposed=plgpu.SMEM((TILE, TILE), E4M3, transforms=_EIGHT_BITS),
     )
     kernel = compat.kernel(
         functools.partial(
@@ -156,7 +160,7 @@ def quantize_blocks_both(
     """Quantize a matrix per group in 128x128 blocks, as it is and transposed, in one pass.
 
     Args:
-        w: Bfloat16 matrices.
+        w: Bfloat16 or float32 matrices.
         power_of_two: Round scales up to powers of two.
         interpret: Simulate on the CPU.
 
@@ -167,8 +171,6 @@ def quantize_blocks_both(
     if r % TILE or k % TILE:
         raise ValueError(f"R and K must be multiples of {TILE}, not {r} and {k}")
     shape = jax.ShapeDtypeStruct
-    staging = (plgpu.TilingTransform((8, TILE)), plgpu.SwizzleTransform(TILE))
-    bf16 = (plgpu.TilingTransform((8, TILE // 2)), plgpu.SwizzleTransform(TILE))
     kernel = compat.kernel(
         functools.partial(_blocks_body, power_of_two=power_of_two),
         interpret=interpret,
@@ -180,8 +182,8 @@ def quantize_blocks_both(
         grid=(groups, r // TILE, k // TILE),
         grid_names=("group", "rows", "columns"),
         scratch_types=[
-            plgpu.SMEM((TILE, TILE), jnp.bfloat16, transforms=bf16),
-            plgpu.SMEM((TILE, TILE), E4M3, transforms=staging),
+            plgpu.SMEM((TILE, TILE), jnp.float16, transforms=_SIXTEEN_BITS),
+            plgpu.SMEM((TILE, TILE), E4M3, transforms=_EIGHT_BITS),
             plgpu.SMEM((TILE,), jnp.float32),
         ],
     )
@@ -193,26 +195,30 @@ def _blocks_body(w, values, transposed, scales, block, staged, maxima, *, power_
     group = lax.axis_index("group")
     r_tile, k_tile = lax.axis_index("rows"), lax.axis_index("columns")
     columns = pl.ds(k_tile * TILE, TILE)
-    layout = tile_layout(2)
-    halves = []
-    for part in range(TILE // _ROWS):
-        rows = pl.ds(r_tile * TILE + part * _ROWS, _ROWS)
-        h = compat.load(w.at[group, rows, columns], layout)
-        block[pl.ds(part * _ROWS, _ROWS)] = h
-        maxima[pl.ds(part * _ROWS, _ROWS)] = jnp.max(jnp.abs(h.astype(jnp.float32)), axis=1)
-        halves.append(h)
+    halves = [pl.ds(first, _ROWS) for first in range(0, TILE, _ROWS)]
+    # All at once, before the first is waited for; what is loaded stays in registers.
+    layout = tile_layout(w.dtype.itemsize)
+    loaded = [
+        compat.load(w.at[group, pl.ds(r_tile * TILE + half.start, _ROWS), columns], layout)
+        for half in halves
+    ]
+    for half, h in zip(halves, loaded, strict=True):
+        maxima[half] = jnp.max(jnp.abs(h.astype(jnp.float32)), axis=1)
     plgpu.commit_smem()
     # The scale of the largest is the largest scale; a scale by itself cannot be rounded (bitcast).
     scale = jnp.max(scales_of(compat.load(maxima, _ONE_EACH), power_of_two=power_of_two))
-    inverse = 1.0 / scale
+    inverse = 1.0 / scale  # what XLA makes of a division by one number, too
     scales[group, r_tile, k_tile] = scale
-    for part, h in enumerate(halves):
-        rows = pl.ds(r_tile * TILE + part * _ROWS, _ROWS)
-        values[group, rows, columns] = (h.astype(jnp.float32) * inverse).astype(E4M3)
+    for half, h in zip(halves, loaded, strict=True):
+        q = (h.astype(jnp.float32) * inverse).astype(E4M3)
+        values[group, pl.ds(r_tile * TILE + half.start, _ROWS), columns] = q
+        # Every number of E4M3 is one of FP16, and 16 bits are what can be transposed.
+        block[half] = q.astype(jnp.float16)
+    plgpu.commit_smem()
     for part in range(TILE // _COLUMNS):
         own_columns = pl.ds(part * _COLUMNS, _COLUMNS)
-        h = compat.load(block.at[:, own_columns].T, plgpu.Layout.WGMMA)
-        staged[own_columns] = (h.astype(jnp.float32) * inverse).astype(E4M3)
+        q = compat.load(block.at[:, own_columns].T, plgpu.Layout.WGMMA)
+        staged[own_columns] = q.astype(E4M3)
     plgpu.commit_smem()
     rows = pl.ds(r_tile * TILE, TILE)
     plgpu.copy_smem_to_gmem(staged, transposed.at[group, columns, rows])

@@ -146,7 +146,7 @@ def test_explicit_impl_never_falls_back():
     with pytest.raises(ValueError, match="no kernel to quantize float32"):
         quantize.quantize_tiles(random_matrix(128, 128), axis=0, impl="hopper")
     with pytest.raises(ValueError, match="no implementation 'hopper' for float32"):
-        quantize.quantize_blocks_both(random_matrix(128, 128), impl="hopper")
+        quantize.quantize_blocks_both(random_matrix(128, 130), impl="hopper")
     with pytest.raises(ValueError, match="multiple of 64"):
         quantize.quantize_tiles(random_matrix(100, 128), impl="hopper")
 
@@ -248,10 +248,10 @@ def assert_nearly_equal(got, want, *, exact):
     assert np.mean((got != want) & ~np.isnan(want)) < 2e-3
 
 
-def special(x):
+def special(x, dtype=jnp.bfloat16):
     """With an infinity, a NaN, zeros, and the smallest and largest of BF16."""
     x = x.at[3, 5].set(jnp.inf).at[9, 200].set(jnp.nan).at[70].set(0)
-    return x.at[80].set(1e-40).at[81, :7].set(3e38).astype(jnp.bfloat16)
+    return x.at[80].set(1e-40).at[81, :7].set(3e38).astype(dtype)
 
 
 @simulated_and_real
@@ -306,13 +306,18 @@ def assert_dequantized_near(got, want):
 
 
 @simulated_and_real
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("power_of_two", [False, True])
-def test_blocks_both_ways_in_one_pass(power_of_two, interpret):
-    w = jnp.stack([special(random_matrix(256, 384, seed)) for seed in range(2)])
+def test_blocks_both_ways_in_one_pass(power_of_two, dtype, interpret):
+    w = jnp.stack([special(random_matrix(256, 384, seed), dtype) for seed in range(2)])
     got = hopper_both.quantize_blocks_both(w, power_of_two=power_of_two, interpret=interpret)
     want = quantize.quantize_blocks_both(w, power_of_two=power_of_two, impl="reference")
     for a, b in zip(got, want, strict=True):
         assert_nearly_equal(a, b, exact=interpret)
+    values, transposed, expected = (np.asarray(q.values, np.float32) for q in (*got, want[0]))
+    np.testing.assert_array_equal(values.swapaxes(1, 2), transposed)
+    if interpret:
+        np.testing.assert_array_equal(values, expected)
 
 
 def test_swiglu_is_that_of_jax():
@@ -328,12 +333,13 @@ def test_swiglu_is_that_of_jax():
 
 
 @pytest.mark.skipif(not compat.loads_transposed(), reason="before 0.11, Pallas finds no layout")
-@pytest.mark.parametrize("which", ["plain", "swiglu", "blocks", "columns"])
+@pytest.mark.parametrize("which", ["plain", "swiglu", "blocks", "blocks_fp32", "columns"])
 def test_both_lower_without_a_device(which):
     x = jax.ShapeDtypeStruct((1000, 2048), jnp.bfloat16)
     sizes = jax.ShapeDtypeStruct((8,), jnp.int32)
-    if which == "blocks":
-        w = jax.ShapeDtypeStruct((8, 7168, 2048), jnp.bfloat16)
+    if which.startswith("blocks"):
+        dtype = jnp.float32 if which == "blocks_fp32" else jnp.bfloat16
+        w = jax.ShapeDtypeStruct((8, 7168, 2048), dtype)
         traced = jax.jit(hopper_both.quantize_blocks_both).trace(w)
     else:
         inputs = (x, x) if which == "swiglu" else (x,)
