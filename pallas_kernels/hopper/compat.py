@@ -91,7 +91,7 @@ def use_zero():
 
 
 def load(ref, layout):
-    """Load from global memory into registers, spread over the threads as ``layout`` says."""
+    """Load from memory into registers, spread over the threads as ``layout`` says."""
     if jax.__version_info__ < (0, 11):
         return plgpu.load(ref, (), layout=layout, optimized=False)
     return plgpu.load(ref, layout=layout, optimized=False)  # pyrefly: ignore[missing-argument]

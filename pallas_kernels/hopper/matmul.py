@@ -20,6 +20,7 @@ Why the pieces are as they are (the budget is in docs/performance.md):
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -321,7 +322,9 @@ class _Kernel:
             ),
         )
         names = [name for name, spec in scratch.items() if spec is not None]
-        in_cluster = dict(cluster=(2,), cluster_names=("cluster",)) if self.cluster == 2 else {}
+        in_cluster: dict[str, Any] = (
+            dict(cluster=(2,), cluster_names=("cluster",)) if self.cluster == 2 else {}
+        )
 
         def body(*refs):
             groups, refs = (refs[:2], refs[2:]) if self.groups else (None, refs)

@@ -320,7 +320,7 @@ class _Kernel:
 
         def scaled(total):
             plgpu.barrier_wait(refs["factors_full"])
-            factors = plgpu.load(refs["factors"], layout=plgpu.Layout.WGMMA.reduce(1))
+            factors = compat.load(refs["factors"], plgpu.Layout.WGMMA.reduce(1))
             return total * lax.broadcast_in_dim(factors, total.shape, (0,))
 
         def step(_, carry):
