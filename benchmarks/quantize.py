@@ -63,7 +63,7 @@ def main():
         # Enough sets of inputs that none is in the cache when its turn comes.
         inputs = [(jax.random.normal(jax.random.key(i), shape, jnp.bfloat16),) for i in range(4)]
         copy_rate = _row("copy", jax.jit(jnp.copy), inputs)
-        pairs = [(inputs[i][0], inputs[i - 1][0]) for i in range(4)]
+        pairs = [(jnp.concatenate([inputs[i][0], inputs[i - 1][0]], axis=1),) for i in range(4)]
         # In groups the rows are copied to whole tiles, which is a little more to write.
         tiles = quantize.ragged_tiles(
             jnp.asarray(sizes_of_groups(32, shape[0], 0.5), jnp.int32), shape[0]

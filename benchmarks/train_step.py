@@ -11,6 +11,7 @@ other meshes or none beside the first, in turns.
 
 import argparse
 import functools
+import os
 import statistics
 import time
 from typing import Any
@@ -125,6 +126,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--profile", help="directory for a profile (xprof) of 3 steps")
     arguments = parser.parse_args()
+    if arguments.profile:
+        # Captured into a graph, instructions have no names in a profile.
+        os.environ["XLA_FLAGS"] = (
+            f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_command_buffer="
+        )
 
     config = slice_of(arguments)
     counts = param_counts(config)

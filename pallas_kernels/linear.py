@@ -18,6 +18,9 @@ K (the paper keeps the tiles along K and requantizes those; quantizing twice fro
 and the quantized weight. They carry the names ``fp8_input`` and ``fp8_weight`` for
 `jax.checkpoint`'s policies. Weights in FP32 are quantized from FP32 and get an FP32 gradient.
 
+Weights that multiply one x may be given together, as those of ``gate`` and ``up`` in a feed-forward
+network are: x is then quantized once, and the products with all of them are one.
+
 The down projection of a feed-forward network takes ``gate`` and ``up`` instead of x, so that
 ``silu(gate) * up`` never reaches memory: it is quantized where it is computed, in the forward pass
 along one axis, and again in the backward pass along the other (the paper recomputes it likewise).
@@ -27,7 +30,8 @@ router, norms and the core of attention (section 3.3.1).
 """
 
 import functools
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -45,31 +49,38 @@ from pallas_kernels.quantize import (
     swiglu_quantize_tiles,
     transpose_blocks,
 )
-from pallas_kernels.reference import Quantized, swiglu
+from pallas_kernels.reference import TILE, Quantized, swiglu
 
 Impl = Literal["auto", "hopper", "tpu", "reference"]
+Weights = jax.Array | Quantized | tuple[jax.Array | Quantized, ...]
 
 
 def fp8_linear(
-    x_MK: Float[Array, "M K"], w_KN: Float[Array, "K N"] | Quantized, *, impl: Impl = "auto"
+    x_MK: Float[Array, "M K"],
+    w_KN: Float[Array, "K _"] | Quantized | tuple[Float[Array, "K _"] | Quantized, ...],
+    *,
+    impl: Impl = "auto",
 ) -> Float[Array, "M N"]:
     """``x @ w`` with the forward product and both gradients in FP8.
 
     Args:
         x_MK: activations.
-        w_KN: the weight, usually the FP32 master copy; or ``[K, N]`` values with block scales.
+        w_KN: the weight, usually the FP32 master copy; or ``[K, N]`` values with block scales. Of
+            several weights the results stand side by side.
         impl: of the products, as in `fp8_matmul`; ``reference`` also for quantization, which
             otherwise takes its kernel where one fits.
 
     Returns:
         ``[M, N]`` in the dtype of ``x``.
     """
+    if _one_by_one(w_KN):
+        return jnp.concatenate([fp8_linear(x_MK, w, impl=impl) for w in w_KN], axis=1)
     return _linear(*backend.varying_alike(x_MK, w_KN), impl)
 
 
 def fp8_grouped_linear(
     x_MK: Float[Array, "M K"],
-    w_GKN: Float[Array, "G K N"] | Quantized,
+    w_GKN: Float[Array, "G K _"] | Quantized | tuple[Float[Array, "G K _"] | Quantized, ...],
     group_sizes_G: Int[Array, "G"],
     *,
     impl: Impl = "auto",
@@ -79,7 +90,7 @@ def fp8_grouped_linear(
     Args:
         x_MK: rows in group order; those past the last group are padding, of zero result and
             gradient, which affects nothing.
-        w_GKN: one matrix per group; or values with block scales.
+        w_GKN: one matrix per group; or values with block scales; or several, as in `fp8_linear`.
         group_sizes_G: rows of each group, 0 allowed; the sum may be less than M.
         impl: of the products; ``hopper`` needs bfloat16 activations, and, like ``tpu``, K and N
             that are multiples of 128. ``reference`` does G times the work.
@@ -87,59 +98,92 @@ def fp8_grouped_linear(
     Returns:
         ``[M, N]`` in the dtype of ``x``.
     """
+    if _one_by_one(w_GKN):
+        each = [fp8_grouped_linear(x_MK, w, group_sizes_G, impl=impl) for w in w_GKN]
+        return jnp.concatenate(each, axis=1)
     return _grouped(*backend.varying_alike(x_MK, w_GKN, group_sizes_G), impl)
 
 
 def fp8_swiglu_linear(
-    gate_MK: Float[Array, "M K"],
-    up_MK: Float[Array, "M K"],
-    w_KN: Float[Array, "K N"] | Quantized,
-    *,
-    impl: Impl = "auto",
+    gate_up_MF: Float[Array, "M F"], w_KN: Float[Array, "K N"] | Quantized, *, impl: Impl = "auto"
 ) -> Float[Array, "M N"]:
-    """`fp8_linear` of ``silu(gate) * up``, which is recomputed in the backward pass."""
-    return _swiglu_linear(*backend.varying_alike(gate_MK, up_MK, w_KN), impl)
+    """`fp8_linear` of ``silu(gate) * up``, which is recomputed in the backward pass.
+
+    ``gate`` and ``up`` are the halves of ``gate_up_MF``.
+    """
+    return _swiglu_linear(*backend.varying_alike(gate_up_MF, w_KN), impl)
 
 
 def fp8_grouped_swiglu_linear(
-    gate_MK: Float[Array, "M K"],
-    up_MK: Float[Array, "M K"],
+    gate_up_MF: Float[Array, "M F"],
+    factors_M: Float[Array, "M"],
     w_GKN: Float[Array, "G K N"] | Quantized,
     group_sizes_G: Int[Array, "G"],
     *,
     impl: Impl = "auto",
 ) -> Float[Array, "M N"]:
-    """`fp8_grouped_linear` of ``silu(gate) * up``, which is recomputed in the backward pass."""
-    return _swiglu_grouped(*backend.varying_alike(gate_MK, up_MK, w_GKN, group_sizes_G), impl)
+    """`fp8_grouped_linear` of ``factor * silu(gate) * up``, recomputed in the backward pass.
+
+    The factors are the experts' gates (V3 Eq. 12): the product is linear, and multiplied where it
+    is made they cost no pass over the output.
+    """
+    args = backend.varying_alike(gate_up_MF, factors_M, w_GKN, group_sizes_G)
+    return _swiglu_grouped(*args, impl)
+
+
+def _one_by_one(w: Weights) -> bool:
+    """Whether several weights cannot be multiplied as one.
+
+    That is if a block of their scales would belong to two, and for weights that come quantized:
+    beside one another they would have to be copied.
+    """
+    return (
+        isinstance(w, tuple)
+        and not isinstance(w, Quantized)
+        and not (
+            all(isinstance(part, jax.Array) for part in w)
+            and all(part.shape[-1] % TILE == 0 for part in w[:-1])
+        )
+    )
 
 
 def _quantizer(impl: Impl) -> Literal["auto", "reference"]:
     return "reference" if impl == "reference" else "auto"
 
 
-def _quantized_weight(w: jax.Array | Quantized, impl: Impl) -> tuple[Quantized, Quantized]:
+def _quantized_weight(w: Weights, impl: Impl) -> tuple[Quantized, Quantized]:
     """A weight and its transpose; what is quantized already stays as it is."""
     if isinstance(w, Quantized):
         return w, transpose_blocks(w)
     return quantize_blocks_both(w, impl=_quantizer(impl))
 
 
-def _quantized_input(
-    x_MK, w: jax.Array | Quantized, tiles, impl: Impl
-) -> tuple[Quantized, Quantized | None]:
+def _quantized_input(x_MK, w: Weights, tiles, impl: Impl) -> tuple[Quantized, Quantized | None]:
     """By row for the forward product, by column for the weight's gradient, where it has one."""
     if isinstance(w, Quantized):
         return quantize_tiles(x_MK, impl=_quantizer(impl)), None
     return quantize_tiles_both(x_MK, tiles, impl=_quantizer(impl))
 
 
-def _empty(x: jax.Array | Quantized) -> jax.Array | None:
-    """Of no size, in the dtype that the gradient must have; None: there is none."""
-    return None if isinstance(x, Quantized) else x[(slice(0),) * x.ndim]
+def _like(w: Weights) -> Any:
+    """The weights without their rows, to say what their gradients are like; None: there is none."""
+    return None if isinstance(w, Quantized) else jax.tree.map(lambda part: part[..., :0, :], w)
+
+
+def _wgrads(product: Callable[..., jax.Array], dy: Quantized, like: Any) -> Any:
+    """The gradient of each weight by its own rows of the quantized transpose of dy."""
+    parts, tree = jax.tree.flatten(like)
+    grads, first = [], 0
+    for part in parts:
+        own = slice(first, first + part.shape[-1])
+        columns = Quantized(dy.values[own], dy.scale[:, own])
+        grads.append(product(columns, out_dtype=part.dtype))
+        first = own.stop
+    return jax.tree.unflatten(tree, grads)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _linear(x_MK: jax.Array, w_KN: jax.Array | Quantized, impl: Impl) -> jax.Array:
+def _linear(x_MK: jax.Array, w_KN: Weights, impl: Impl) -> jax.Array:
     return _linear_fwd(x_MK, w_KN, impl)[0]
 
 
@@ -147,25 +191,23 @@ def _linear_fwd(x_MK, w_KN, impl):
     x, x_transposed = _quantized_input(x_MK, w_KN, None, impl)
     w, w_transposed = _quantized_weight(w_KN, impl)
     y_MN = fp8_matmul(x, w_transposed, out_dtype=x_MK.dtype, impl=impl)
-    dtypes = _empty(x_MK), _empty(w_KN)
-    return y_MN, (_named(x_transposed, "fp8_input"), _named(w, "fp8_weight"), dtypes)
+    like = x_MK[:0], _like(w_KN)
+    return y_MN, (_named(x_transposed, "fp8_input"), _named(w, "fp8_weight"), like)
 
 
 def _linear_bwd(impl, residuals, dy_MN):
     x_transposed, w, (like_x, like_w) = residuals
     dy = quantize_tiles_both(dy_MN, impl=_quantizer(impl))
     dx_MK = fp8_matmul(dy.by_row, w, out_dtype=like_x.dtype, impl=impl)
-    if like_w is None:
-        return dx_MK, None
-    dw_KN = fp8_matmul(x_transposed, dy.by_column, out_dtype=like_w.dtype, impl=impl)
-    return dx_MK, dw_KN
+    wgrad = functools.partial(fp8_matmul, x_transposed, impl=impl)
+    return dx_MK, _wgrads(wgrad, dy.by_column, like_w)
 
 
 _linear.defvjp(_linear_fwd, _linear_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _grouped(x_MK: jax.Array, w_GKN: jax.Array | Quantized, sizes_G: jax.Array, impl: Impl):
+def _grouped(x_MK: jax.Array, w_GKN: Weights, sizes_G: jax.Array, impl: Impl):
     return _grouped_fwd(x_MK, w_GKN, sizes_G, impl)[0]
 
 
@@ -174,9 +216,8 @@ def _grouped_fwd(x_MK, w_GKN, sizes_G, impl):
     x, x_transposed = _quantized_input(x_MK, w_GKN, tiles, impl)
     w, w_transposed = _quantized_weight(w_GKN, impl)
     y_MN = fp8_grouped_matmul(x, w_transposed, sizes_G, out_dtype=x_MK.dtype, impl=impl)
-    dtypes = _empty(x_MK), _empty(w_GKN)
-    kept = _named(x_transposed, "fp8_input"), _named(w, "fp8_weight")
-    return y_MN, (*kept, sizes_G, dtypes)
+    like = x_MK[:0], _like(w_GKN)
+    return y_MN, (_named(x_transposed, "fp8_input"), _named(w, "fp8_weight"), sizes_G, like)
 
 
 def _grouped_bwd(impl, residuals, dy_MN):
@@ -184,36 +225,32 @@ def _grouped_bwd(impl, residuals, dy_MN):
     tiles = ragged_tiles(sizes_G, dy_MN.shape[0])
     dy = quantize_tiles_both(dy_MN, tiles, impl=_quantizer(impl))
     dx_MK = fp8_grouped_matmul(dy.by_row, w, sizes_G, out_dtype=like_x.dtype, impl=impl)
-    if like_w is None:
-        return dx_MK, None, None
-    dw_GKN = fp8_grouped_wgrad(x_transposed, dy.by_column, tiles, out_dtype=like_w.dtype, impl=impl)
-    return dx_MK, dw_GKN, None
+    wgrad = functools.partial(fp8_grouped_wgrad, x_transposed, tiles=tiles, impl=impl)
+    return dx_MK, _wgrads(wgrad, dy.by_column, like_w), None
 
 
 _grouped.defvjp(_grouped_fwd, _grouped_bwd)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _swiglu_linear(gate_MK: jax.Array, up_MK: jax.Array, w_KN: jax.Array | Quantized, impl: Impl):
-    return _swiglu_linear_fwd(gate_MK, up_MK, w_KN, impl)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _swiglu_linear(gate_up_MF: jax.Array, w_KN: jax.Array | Quantized, impl: Impl):
+    return _swiglu_linear_fwd(gate_up_MF, w_KN, impl)[0]
 
 
-def _swiglu_linear_fwd(gate_MK, up_MK, w_KN, impl):
-    h = swiglu_quantize_tiles(gate_MK, up_MK, impl=_quantizer(impl))
+def _swiglu_linear_fwd(gate_up_MF, w_KN, impl):
+    h = swiglu_quantize_tiles(gate_up_MF, impl=_quantizer(impl))
     w, w_transposed = _quantized_weight(w_KN, impl)
-    y_MN = fp8_matmul(h, w_transposed, out_dtype=gate_MK.dtype, impl=impl)
-    return y_MN, (gate_MK, up_MK, _named(w, "fp8_weight"), _empty(w_KN))
+    y_MN = fp8_matmul(h, w_transposed, out_dtype=gate_up_MF.dtype, impl=impl)
+    return y_MN, (gate_up_MF, _named(w, "fp8_weight"), _like(w_KN))
 
 
 def _swiglu_linear_bwd(impl, residuals, dy_MN):
-    gate_MK, up_MK, w, like_w = residuals
+    gate_up_MF, w, like_w = residuals
     dy = quantize_tiles_both(dy_MN, impl=_quantizer(impl))
-    dh_MK = fp8_matmul(dy.by_row, w, out_dtype=gate_MK.dtype, impl=impl)
-    dw_KN = None
-    if like_w is not None:
-        h = swiglu_quantize_tiles(gate_MK, up_MK, axis=0, impl=_quantizer(impl))
-        dw_KN = fp8_matmul(h, dy.by_column, out_dtype=like_w.dtype, impl=impl)
-    return *jax.vjp(swiglu, gate_MK, up_MK)[1](dh_MK), dw_KN
+    dh_MK = fp8_matmul(dy.by_row, w, out_dtype=gate_up_MF.dtype, impl=impl)
+    h = swiglu_quantize_tiles(gate_up_MF, axis=0, impl=_quantizer(impl))
+    dw_KN = _wgrads(functools.partial(fp8_matmul, h, impl=impl), dy.by_column, like_w)
+    return *jax.vjp(swiglu, gate_up_MF)[1](dh_MK), dw_KN
 
 
 _swiglu_linear.defvjp(_swiglu_linear_fwd, _swiglu_linear_bwd)
@@ -221,39 +258,37 @@ _swiglu_linear.defvjp(_swiglu_linear_fwd, _swiglu_linear_bwd)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _swiglu_grouped(
-    gate_MK: jax.Array,
-    up_MK: jax.Array,
+    gate_up_MF: jax.Array,
+    factors_M: jax.Array,
     w_GKN: jax.Array | Quantized,
     sizes_G: jax.Array,
     impl: Impl,
 ):
-    return _swiglu_grouped_fwd(gate_MK, up_MK, w_GKN, sizes_G, impl)[0]
+    return _swiglu_grouped_fwd(gate_up_MF, factors_M, w_GKN, sizes_G, impl)[0]
 
 
-def _swiglu_grouped_fwd(gate_MK, up_MK, w_GKN, sizes_G, impl):
-    tiles = ragged_tiles(sizes_G, gate_MK.shape[0])
-    quantizer = _quantizer(impl)
-    h = swiglu_quantize_tiles(gate_MK, up_MK, tiles, impl=quantizer)
+def _swiglu_grouped_fwd(gate_up_MF, factors_M, w_GKN, sizes_G, impl):
+    tiles = ragged_tiles(sizes_G, gate_up_MF.shape[0])
+    h = swiglu_quantize_tiles(gate_up_MF, factors_M, tiles, impl=_quantizer(impl))
     w, w_transposed = _quantized_weight(w_GKN, impl)
-    y_MN = fp8_grouped_matmul(h, w_transposed, sizes_G, out_dtype=gate_MK.dtype, impl=impl)
-    return y_MN, (gate_MK, up_MK, _named(w, "fp8_weight"), sizes_G, _empty(w_GKN))
+    y_MN = fp8_grouped_matmul(h, w_transposed, sizes_G, out_dtype=gate_up_MF.dtype, impl=impl)
+    return y_MN, (gate_up_MF, factors_M, _named(w, "fp8_weight"), sizes_G, _like(w_GKN))
 
 
 def _swiglu_grouped_bwd(impl, residuals, dy_MN):
-    gate_MK, up_MK, w, sizes_G, like_w = residuals
+    gate_up_MF, factors_M, w, sizes_G, like_w = residuals
     tiles = ragged_tiles(sizes_G, dy_MN.shape[0])
     quantizer = _quantizer(impl)
     dy = quantize_tiles_both(dy_MN, tiles, impl=quantizer)
-    dh_MK = fp8_grouped_matmul(dy.by_row, w, sizes_G, out_dtype=gate_MK.dtype, impl=impl)
-    dw_GKN = None
-    if like_w is not None:
-        h = swiglu_quantize_tiles(gate_MK, up_MK, tiles, axis=0, impl=quantizer)
-        columns = {"out_dtype": like_w.dtype, "impl": impl}
-        dw_GKN = fp8_grouped_wgrad(h, dy.by_column, tiles, **columns)
+    dh_MK = fp8_grouped_matmul(dy.by_row, w, sizes_G, out_dtype=gate_up_MF.dtype, impl=impl)
+    h = swiglu_quantize_tiles(gate_up_MF, factors_M, tiles, axis=0, impl=quantizer)
+    wgrad = functools.partial(fp8_grouped_wgrad, h, tiles=tiles, impl=impl)
+    dw_GKN = _wgrads(wgrad, dy.by_column, like_w)
     # Where a row is padding, its gradient is zero whatever gate and up hold there.
-    own_M1 = (jnp.arange(len(dy_MN)) < jnp.sum(sizes_G))[:, None]
-    gate_MK, up_MK = (jnp.where(own_M1, x, 0) for x in (gate_MK, up_MK))
-    return *jax.vjp(swiglu, gate_MK, up_MK)[1](dh_MK), dw_GKN, None
+    own_M = jnp.arange(len(dy_MN)) < jnp.sum(sizes_G)
+    gate_up_MF = jnp.where(own_M[:, None], gate_up_MF, 0)
+    factors_M = jnp.where(own_M, factors_M, 0)
+    return *jax.vjp(swiglu, gate_up_MF, factors_M)[1](dh_MK), dw_GKN, None
 
 
 _swiglu_grouped.defvjp(_swiglu_grouped_fwd, _swiglu_grouped_bwd)

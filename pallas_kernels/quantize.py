@@ -64,7 +64,7 @@ def quantize_tiles(
     """
     transposed = axis % 2 == 0
     if impl == "auto" and transposed:
-        impl = _pick((x,), None, impl)
+        impl = _pick(x, None, impl)
     elif impl == "auto":
         fits = x.shape[0] % 64 == 0 and x.shape[1] % TILE == 0 and x.dtype.itemsize <= 4
         impl = "hopper" if fits and backend.on_hopper() else "reference"
@@ -73,7 +73,7 @@ def quantize_tiles(
     if impl != "hopper":
         raise ValueError(f"unknown implementation {impl!r}")
     if transposed:
-        return _hopper((x,), None, by_row=False, power_of_two=power_of_two)[0]
+        return _hopper(x, None, by_row=False, power_of_two=power_of_two)[0]
     from pallas_kernels.hopper import quantize as hopper_quantize
 
     return hopper_quantize.quantize_tiles(x, power_of_two=power_of_two)
@@ -98,34 +98,42 @@ def quantize_tiles_both(
         impl: ``hopper`` reads a bfloat16 matrix once; it wants columns by the 128 and rows by the
             128, or, in groups, by the 8 and at least 128. ``auto`` takes it where it can run.
     """
-    if _pick((x_MN,), tiles, impl) == "hopper":
-        return BothWays(*_hopper((x_MN,), tiles, power_of_two=power_of_two))
+    if _pick(x_MN, tiles, impl) == "hopper":
+        return BothWays(*_hopper(x_MN, tiles, power_of_two=power_of_two))
     return _reference_both(x_MN, tiles, power_of_two)
 
 
 @functools.partial(jax.jit, static_argnames=("power_of_two", "impl"))
 def swiglu_quantize_tiles_both(
-    gate_MN: Float[Array, "M N"],
-    up_MN: Float[Array, "M N"],
+    gate_up_MF: Float[Array, "M F"],
+    factors_M: Float[Array, "M"] | None = None,
     tiles: RaggedTiles | None = None,
     *,
     power_of_two: bool = False,
     impl: Impl = "auto",
 ) -> BothWays:
-    """`quantize_tiles_both` of ``silu(gate) * up``, which itself never reaches memory.
+    """`quantize_tiles_both` of `reference.swiglu`, which itself never reaches memory.
 
-    The product is computed in FP32 and rounded to the dtype of ``gate`` before it is quantized, so
-    this equals quantizing the result of the separate operation.
+    The product is computed in FP32 and rounded to the dtype of its operands before it is quantized,
+    so this equals quantizing the result of the separate operation.
+
+    Args:
+        gate_up_MF: ``gate`` and ``up`` side by side.
+        factors_M: What each row of the product is multiplied by, as an expert's output by its gate.
+        tiles: As in `quantize_tiles_both`.
+        power_of_two: Round scales up to powers of two.
+        impl: As in `quantize_tiles_both`.
     """
-    if _pick((gate_MN, up_MN), tiles, impl) == "hopper":
-        return BothWays(*_hopper((gate_MN, up_MN), tiles, power_of_two=power_of_two))
-    return _reference_both(reference.swiglu(gate_MN, up_MN), tiles, power_of_two)
+    if _pick(gate_up_MF, tiles, impl, halves=True) == "hopper":
+        options = dict(swiglu=True, factors_M=factors_M, power_of_two=power_of_two)
+        return BothWays(*_hopper(gate_up_MF, tiles, **options))
+    return _reference_both(reference.swiglu(gate_up_MF, factors_M), tiles, power_of_two)
 
 
 @functools.partial(jax.jit, static_argnames=("axis", "power_of_two", "impl"))
 def swiglu_quantize_tiles(
-    gate_MN: Float[Array, "M N"],
-    up_MN: Float[Array, "M N"],
+    gate_up_MF: Float[Array, "M F"],
+    factors_M: Float[Array, "M"] | None = None,
     tiles: RaggedTiles | None = None,
     *,
     axis: int = -1,
@@ -134,11 +142,11 @@ def swiglu_quantize_tiles(
 ) -> Quantized:
     """One of the two results of `swiglu_quantize_tiles_both`: ``by_column`` with ``axis=0``."""
     by_row = axis % 2 == 1
-    if _pick((gate_MN, up_MN), tiles, impl) == "hopper":
+    if _pick(gate_up_MF, tiles, impl, halves=True) == "hopper":
         which = dict(by_row=by_row, by_column=not by_row, power_of_two=power_of_two)
-        return _hopper((gate_MN, up_MN), tiles, **which)[0]
+        return _hopper(gate_up_MF, tiles, swiglu=True, factors_M=factors_M, **which)[0]
     # The other one is not computed: nothing uses it.
-    both = _reference_both(reference.swiglu(gate_MN, up_MN), tiles, power_of_two)
+    both = _reference_both(reference.swiglu(gate_up_MF, factors_M), tiles, power_of_two)
     return both.by_row if by_row else both.by_column
 
 
@@ -150,11 +158,12 @@ def _reference_both(x_MN, tiles: RaggedTiles | None, power_of_two: bool) -> Both
     return BothWays(by_row, by_column)
 
 
-def _fits(x: jax.Array, tiles: RaggedTiles | None) -> bool:
-    """Whether the kernel for both axes takes a matrix."""
+def _fits(x: jax.Array, tiles: RaggedTiles | None, *, halves: bool = False) -> bool:
+    """Whether the kernel for both axes takes a matrix, or each half of it."""
     rows, columns = x.shape
     whole = rows % TILE == 0 if tiles is None else rows % 8 == 0
-    return x.dtype == jnp.bfloat16 and whole and rows >= TILE and columns % TILE == 0 < columns
+    of_tiles = columns % (2 * TILE if halves else TILE) == 0 < columns
+    return x.dtype == jnp.bfloat16 and whole and rows >= TILE and of_tiles
 
 
 def _both_on_hopper() -> bool:
@@ -166,25 +175,24 @@ def _both_on_hopper() -> bool:
     return compat.loads_transposed()
 
 
-def _pick(inputs: tuple[jax.Array, ...], tiles: RaggedTiles | None, impl: Impl) -> Impl:
+def _pick(x: jax.Array, tiles: RaggedTiles | None, impl: Impl, *, halves: bool = False) -> Impl:
     if impl == "auto":
-        fits = all(_fits(x, tiles) for x in inputs)
+        fits = _fits(x, tiles, halves=halves)
         return "hopper" if fits and _both_on_hopper() else "reference"
     if impl not in ("hopper", "reference"):
         raise ValueError(f"unknown implementation {impl!r}")
     return impl
 
 
-def _hopper(inputs, tiles: RaggedTiles | None, **options) -> tuple[Quantized, ...]:
+def _hopper(x, tiles: RaggedTiles | None, *, swiglu: bool = False, **options):
     from pallas_kernels.hopper import quantize_both
 
-    for x in inputs:
-        if not _fits(x, tiles):
-            raise ValueError(f"no kernel to quantize {x.dtype}{x.shape} along its first axis")
+    if not _fits(x, tiles, halves=swiglu):
+        raise ValueError(f"no kernel to quantize {x.dtype}{x.shape} along its first axis")
     if tiles is None:
-        rows = inputs[0].shape[0]
+        rows = x.shape[0]
         tiles = ragged_tiles(jnp.full((1,), rows, jnp.int32), rows)
-    return quantize_both.quantize_both(inputs, tiles, **options)
+    return quantize_both.quantize_both(x, tiles, swiglu=swiglu, **options)
 
 
 @functools.partial(jax.jit, static_argnames="power_of_two")
@@ -199,30 +207,42 @@ def quantize_blocks(w: Float[Array, "*G R K"], *, power_of_two: bool = False) ->
 
 @functools.partial(jax.jit, static_argnames=("power_of_two", "impl"))
 def quantize_blocks_both(
-    w: Float[Array, "*G R K"], *, power_of_two: bool = False, impl: Impl = "auto"
+    w: Float[Array, "*G R _"] | tuple[Float[Array, "*G R _"], ...],
+    *,
+    power_of_two: bool = False,
+    impl: Impl = "auto",
 ) -> tuple[Quantized, Quantized]:
     """`quantize_blocks` and `transpose_blocks` of the result.
 
     Args:
-        w: A matrix, or one per group.
+        w: A matrix, or one per group; or several, which are quantized as if they stood side by
+            side. All but the last must then have a multiple of 128 columns.
         power_of_two: Round scales up to powers of two.
         impl: ``hopper`` reads matrices in bfloat16 or float32 once, whose sides are multiples of
             128; ``auto`` takes it where it can run.
     """
-    *lead, rows, columns = w.shape
-    fits = w.dtype in (jnp.bfloat16, jnp.float32)
-    fits = fits and rows % TILE == columns % TILE == 0 and 0 not in w.shape
+    parts = w if isinstance(w, tuple) else (w,)
+    if any(part.shape[-1] % TILE for part in parts[:-1]):
+        raise ValueError(f"columns {[part.shape[-1] for part in parts]}: a block would hold two")
+    fits = all(
+        part.dtype in (jnp.bfloat16, jnp.float32)
+        and part.shape[-2] % TILE == part.shape[-1] % TILE == 0
+        and 0 not in part.shape
+        for part in parts
+    )
     if impl == "auto":
         impl = "hopper" if fits and _both_on_hopper() else "reference"
     if impl == "reference":
-        q = reference.quantize_blocks(w, power_of_two=power_of_two)
+        q = reference.quantize_blocks(jnp.concatenate(parts, -1), power_of_two=power_of_two)
         return q, transpose_blocks(q)
     if impl != "hopper" or not fits:
-        raise ValueError(f"no implementation {impl!r} for {w.dtype}{w.shape}")
+        shapes = ", ".join(f"{part.dtype}{part.shape}" for part in parts)
+        raise ValueError(f"no implementation {impl!r} for {shapes}")
     from pallas_kernels.hopper import quantize_both
 
-    w = w.reshape(-1, rows, columns)
-    both = quantize_both.quantize_blocks_both(w, power_of_two=power_of_two)
+    lead = parts[0].shape[:-2]
+    stacks = tuple(part.reshape(-1, *part.shape[-2:]) for part in parts)
+    both = quantize_both.quantize_blocks_both(stacks, power_of_two=power_of_two)
     return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), both)
 
 

@@ -147,10 +147,18 @@ def quantize_tiles_ragged(
     return quantize_tiles(x_XK, axis=0, power_of_two=power_of_two)
 
 
-def swiglu(gate: Float[Array, "M K"], up: Float[Array, "M K"]) -> Float[Array, "M K"]:
-    """``silu(gate) * up`` in FP32, in the dtype of ``gate``."""
-    gate_fp32 = gate.astype(jnp.float32)
-    return (gate_fp32 / (1.0 + jnp.exp(-gate_fp32)) * up.astype(jnp.float32)).astype(gate.dtype)
+def swiglu(
+    gate_up_MF: Float[Array, "M F"], factors_M: Float[Array, "M"] | None = None
+) -> Float[Array, "M F//2"]:
+    """``silu(gate) * up`` (Shazeer, 2020), times a factor per row, in FP32 and rounded once.
+
+    ``gate`` and ``up`` are the left and the right half.
+    """
+    gate, up = jnp.split(gate_up_MF.astype(jnp.float32), 2, axis=1)
+    out = gate / (1.0 + jnp.exp(-gate)) * up
+    if factors_M is not None:
+        out *= factors_M.astype(jnp.float32)[:, None]
+    return out.astype(gate_up_MF.dtype)
 
 
 def quantize_blocks(w_RK: Float[Array, "*G R K"], *, power_of_two: bool = False) -> Quantized:

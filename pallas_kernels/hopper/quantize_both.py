@@ -37,9 +37,11 @@ _EIGHT_BITS = (plgpu.TilingTransform((8, TILE)), plgpu.SwizzleTransform(TILE))
 
 
 def quantize_both(
-    x: tuple[Float[Array, "M K"], ...],
+    x_MK: Float[Array, "M _"],
     tiles: RaggedTiles,
     *,
+    swiglu: bool = False,
+    factors_M: Float[Array, "M"] | None = None,
     by_row: bool = True,
     by_column: bool = True,
     power_of_two: bool = False,
@@ -48,9 +50,10 @@ def quantize_both(
     """Quantize in 1x128 tiles along the last axis, and transposed along the first, in one pass.
 
     Args:
-        x: A bfloat16 matrix; or two, ``gate`` and ``up``, whose ``silu(gate) * up`` (in FP32,
-            rounded to bfloat16) is quantized.
+        x_MK: A bfloat16 matrix; with ``swiglu``, ``gate`` and ``up`` side by side.
         tiles: Which rows the tiles along the first axis take.
+        swiglu: Quantize `reference.swiglu` of the two halves.
+        factors_M: Of SwiGLU's rows.
         by_row: Whether to make the first result; rows of no tile are not written.
         by_column: Whether to make the second; tiles past the last are not written.
         power_of_two: Round scales up to powers of two.
@@ -62,7 +65,8 @@ def quantize_both(
     Raises:
         ValueError: unless M is a multiple of 8 and at least 128, and K a multiple of 128.
     """
-    m, k = x[0].shape
+    m, k = x_MK.shape
+    k = k // 2 if swiglu else k
     if m % 8 or m < TILE or k % TILE:
         raise ValueError(
             f"M must be a multiple of 8, and at least {TILE}, and K of {TILE}, not {m} and {k}"
@@ -72,15 +76,18 @@ def quantize_both(
     rows = (shape((m, k), E4M3), shape((k // TILE, m), jnp.float32))
     columns = (shape((k, most * TILE), E4M3), shape((most, k), jnp.float32))
     scratch = dict(
+        factors=plgpu.SMEM((TILE,), jnp.float32),
         rows_scale=plgpu.SMEM((TILE,), jnp.float32),
         columns_scale=plgpu.SMEM((TILE,), jnp.float32),
         block=plgpu.SMEM((TILE, TILE), jnp.bfloat16, transforms=_SIXTEEN_BITS),
         transposed=plgpu.SMEM((TILE, TILE), E4M3, transforms=_EIGHT_BITS),
     )
+    inputs = (x_MK,) if factors_M is None else (x_MK, factors_M.astype(jnp.float32))
     kernel = compat.kernel(
         functools.partial(
             _body,
-            inputs=len(x),
+            inputs=len(inputs),
+            swiglu=swiglu,
             by_row=by_row,
             by_column=by_column,
             power_of_two=power_of_two,
@@ -92,28 +99,38 @@ def quantize_both(
         grid_names=("tile", "columns"),
         scratch_types=list(scratch.values()),
     )
-    out = kernel(tiles.count, tiles.first_T, tiles.low_T, tiles.high_T, *x)
+    out = kernel(tiles.count, tiles.first_T, tiles.low_T, tiles.high_T, *inputs)
     return tuple(Quantized(*out[i : i + 2]) for i in range(0, len(out), 2))
 
 
-def _body(count, first, low, high, *refs, inputs, by_row, by_column, power_of_two, names):
+def _body(count, first, low, high, *refs, inputs, swiglu, by_row, by_column, power_of_two, names):
     tile, k_tile = lax.axis_index("tile"), lax.axis_index("columns")
 
     @pl.when(tile < count[0])
     def _():
-        x, rest = refs[:inputs], refs[inputs:]
+        (x, *factors), rest = refs[:inputs], refs[inputs:]
         outs, scratch = rest[: -len(names)], dict(zip(names, rest[-len(names) :], strict=True))
         first_row = first[tile]
         own = low[tile] - first_row, high[tile] - first_row
         columns = pl.ds(k_tile * TILE, TILE)
         whole = pl.ds(first_row, TILE)
-        some = _ROWS // inputs  # two inputs take twice the registers
+        if factors:
+            # Once for all threads: read as the rows are spread, every thread would read them.
+            scratch["factors"][...] = compat.load(factors[0].at[whole], _ONE_EACH)
+            plgpu.commit_smem()
+        some = _ROWS // 2 if swiglu else _ROWS  # two inputs take twice the registers
         for part in range(TILE // some):
             within = pl.ds(part * some, some)
             rows = pl.ds(first_row + part * some, some)
             layout = tile_layout(2)
-            loaded = [compat.load(ref.at[rows, columns], layout) for ref in x]
-            h = _swiglu(*loaded) if inputs == 2 else loaded[0]
+            h = compat.load(x.at[rows, columns], layout)
+            if swiglu:
+                right = pl.ds(x.shape[1] // 2 + k_tile * TILE, TILE)
+                up = compat.load(x.at[rows, right], layout)
+                own_factors = None
+                if factors:
+                    own_factors = compat.load(scratch["factors"].at[within], layout.reduce(1))
+                h = _swiglu(h, up, own_factors)
             if by_column:
                 row = plgpu.broadcasted_iota(jnp.int32, h.shape, 0, layout=layout) + part * some
                 inside = (row >= own[0]) & (row < own[1])
@@ -147,32 +164,37 @@ def _body(count, first, low, high, *refs, inputs, by_row, by_column, power_of_tw
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def _swiglu(gate, up):
+def _swiglu(gate, up, factors):
     """As `reference.swiglu`, with a power of two and a reciprocal for exp and the quotient."""
     gate, up = gate.astype(jnp.float32), up.astype(jnp.float32)
     exp = jnp.exp2(gate * -math.log2(math.e))
-    return (gate * (1.0 / (1.0 + exp)) * up).astype(jnp.bfloat16)
+    out = gate * (1.0 / (1.0 + exp)) * up
+    if factors is not None:
+        out *= lax.broadcast_in_dim(factors, out.shape, (0,))
+    return out.astype(jnp.bfloat16)
 
 
 def quantize_blocks_both(
-    w: Float[Array, "G R K"], *, power_of_two: bool = False, interpret: bool = False
+    w: tuple[Float[Array, "G R _"], ...], *, power_of_two: bool = False, interpret: bool = False
 ) -> tuple[Quantized, Quantized]:
     """Quantize a matrix per group in 128x128 blocks, as it is and transposed, in one pass.
 
     Args:
-        w: Bfloat16 or float32 matrices.
+        w: Bfloat16 or float32 matrices; several are quantized as if they stood side by side.
         power_of_two: Round scales up to powers of two.
         interpret: Simulate on the CPU.
 
     Raises:
         ValueError: unless R and K are multiples of 128.
     """
-    groups, r, k = w.shape
-    if r % TILE or k % TILE:
-        raise ValueError(f"R and K must be multiples of {TILE}, not {r} and {k}")
+    groups, r, _ = w[0].shape
+    widths = [part.shape[2] for part in w]
+    k = sum(widths)
+    if r % TILE or any(width % TILE for width in widths):
+        raise ValueError(f"sides must be multiples of {TILE}, not {r} and {widths}")
     shape = jax.ShapeDtypeStruct
     kernel = compat.kernel(
-        functools.partial(_blocks_body, power_of_two=power_of_two),
+        functools.partial(_blocks_body, widths=widths, power_of_two=power_of_two),
         interpret=interpret,
         out_type=(
             shape((groups, r, k), E4M3),
@@ -187,11 +209,23 @@ def quantize_blocks_both(
             plgpu.SMEM((TILE,), jnp.float32),
         ],
     )
-    values, transposed, scale = kernel(w)
+    values, transposed, scale = kernel(*w)
     return Quantized(values, scale), Quantized(transposed, scale.swapaxes(1, 2))
 
 
-def _blocks_body(w, values, transposed, scales, block, staged, maxima, *, power_of_two):
+def _blocks_body(*refs, widths, power_of_two):
+    """One block: of the matrix that its column of blocks belongs to."""
+    inputs, outputs = refs[: len(widths)], refs[len(widths) :]
+    column, first = lax.axis_index("columns"), 0
+    for w, width in zip(inputs, widths, strict=True):
+        blocks = width // TILE
+        pl.when((column >= first) & (column < first + blocks))(
+            functools.partial(_one_block, w, column - first, *outputs, power_of_two=power_of_two)
+        )
+        first += blocks
+
+
+def _one_block(w, own, values, transposed, scales, block, staged, maxima, *, power_of_two):
     group = lax.axis_index("group")
     r_tile, k_tile = lax.axis_index("rows"), lax.axis_index("columns")
     columns = pl.ds(k_tile * TILE, TILE)
@@ -199,7 +233,9 @@ def _blocks_body(w, values, transposed, scales, block, staged, maxima, *, power_
     # All at once, before the first is waited for; what is loaded stays in registers.
     layout = tile_layout(w.dtype.itemsize)
     loaded = [
-        compat.load(w.at[group, pl.ds(r_tile * TILE + half.start, _ROWS), columns], layout)
+        compat.load(
+            w.at[group, pl.ds(r_tile * TILE + half.start, _ROWS), pl.ds(own * TILE, TILE)], layout
+        )
         for half in halves
     ]
     for half, h in zip(halves, loaded, strict=True):

@@ -259,7 +259,7 @@ def special(x, dtype=jnp.bfloat16):
 def test_both_axes_in_one_pass(power_of_two, interpret):
     x = special(random_matrix(256, 384))
     tiles = tiles_of([256], 256)
-    got = hopper_both.quantize_both((x,), tiles, power_of_two=power_of_two, interpret=interpret)
+    got = hopper_both.quantize_both(x, tiles, power_of_two=power_of_two, interpret=interpret)
     want = quantize.quantize_tiles_both(x, power_of_two=power_of_two, impl="reference")
     for a, b in zip(got, want, strict=True):
         assert_nearly_equal(a, b, exact=interpret)
@@ -267,23 +267,25 @@ def test_both_axes_in_one_pass(power_of_two, interpret):
 
 @simulated_and_real
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-@pytest.mark.parametrize("inputs", [1, 2], ids=["plain", "swiglu"])
-def test_both_axes_in_groups(inputs, sizes, interpret):
+@pytest.mark.parametrize("of", ["plain", "swiglu", "swiglu_factors"])
+def test_both_axes_in_groups(of, sizes, interpret):
     m = 264
-    x = tuple(
-        random_matrix(m, 256, seed).at[sum(sizes) :].set(jnp.nan).astype(jnp.bfloat16)
-        for seed in range(inputs)
-    )
+    x = random_matrix(m, 256 if of == "plain" else 512).astype(jnp.bfloat16)
+    x = x.at[sum(sizes) :].set(jnp.nan)
+    factors = random_matrix(m, 1, 1)[:, 0] if of == "swiglu_factors" else None
     tiles = tiles_of(sizes, m)
-    by_row, by_column = hopper_both.quantize_both(x, tiles, interpret=interpret)
-    if inputs == 2:
-        want = quantize.swiglu_quantize_tiles_both(*x, tiles, impl="reference")
+    if of == "plain":
+        by_row, by_column = hopper_both.quantize_both(x, tiles, interpret=interpret)
+        want = quantize.quantize_tiles_both(x, tiles, impl="reference")
     else:
-        want = quantize.quantize_tiles_both(*x, tiles, impl="reference")
+        by_row, by_column = hopper_both.quantize_both(
+            x, tiles, swiglu=True, factors_M=factors, interpret=interpret
+        )
+        want = quantize.swiglu_quantize_tiles_both(x, factors, tiles, impl="reference")
     rows, used = sum(sizes), 128 * int(tiles.count[0])
     # exp differs by its last bits, which may round to another BF16 number.
     compare = assert_dequantized_near
-    if inputs == 1:
+    if of == "plain":
         compare = functools.partial(assert_nearly_equal, exact=interpret)
 
     def of_rows(q):
@@ -310,25 +312,39 @@ def assert_dequantized_near(got, want):
 @pytest.mark.parametrize("power_of_two", [False, True])
 def test_blocks_both_ways_in_one_pass(power_of_two, dtype, interpret):
     w = jnp.stack([special(random_matrix(256, 384, seed), dtype) for seed in range(2)])
-    got = hopper_both.quantize_blocks_both(w, power_of_two=power_of_two, interpret=interpret)
     want = quantize.quantize_blocks_both(w, power_of_two=power_of_two, impl="reference")
-    for a, b in zip(got, want, strict=True):
-        assert_nearly_equal(a, b, exact=interpret)
-    values, transposed, expected = (np.asarray(q.values, np.float32) for q in (*got, want[0]))
-    np.testing.assert_array_equal(values.swapaxes(1, 2), transposed)
-    if interpret:
-        np.testing.assert_array_equal(values, expected)
+    for parts in ((w,), (w[..., :256], w[..., 256:])):
+        got = hopper_both.quantize_blocks_both(
+            parts, power_of_two=power_of_two, interpret=interpret
+        )
+        for a, b in zip(got, want, strict=True):
+            assert_nearly_equal(a, b, exact=interpret)
+        values, transposed, expected = (np.asarray(q.values, np.float32) for q in (*got, want[0]))
+        np.testing.assert_array_equal(values.swapaxes(1, 2), transposed)
+        if interpret:
+            np.testing.assert_array_equal(values, expected)
+
+
+def test_blocks_of_weights_side_by_side():
+    w, v = random_matrix(200, 256), random_matrix(200, 70, 1)
+    got = quantize.quantize_blocks_both((w, v))
+    want = quantize.quantize_blocks_both(jnp.concatenate([w, v], axis=1))
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    with pytest.raises(ValueError, match="a block would hold two"):
+        quantize.quantize_blocks_both((v, w))
 
 
 def test_swiglu_is_that_of_jax():
-    gate, up = random_matrix(130, 140), random_matrix(130, 140, 1)
-    got = quantize.swiglu_quantize_tiles_both(gate, up)
-    want = quantize.quantize_tiles_both(jax.nn.silu(gate) * up)
+    gate_up, factors = random_matrix(130, 280), random_matrix(130, 1, 1)
+    gate, up = jnp.split(gate_up, 2, axis=1)
+    got = quantize.swiglu_quantize_tiles_both(gate_up, factors[:, 0])
+    want = quantize.quantize_tiles_both(jax.nn.silu(gate) * up * factors)
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a.scale, b.scale, rtol=1e-5)
-        one = quantize.swiglu_quantize_tiles(gate, up, axis=1 if b is want.by_row else 0)
+        axis = 1 if b is want.by_row else 0
+        one = quantize.swiglu_quantize_tiles(gate_up, factors[:, 0], axis=axis)
         jax.tree.map(np.testing.assert_array_equal, one, a)
-    overflow = quantize.swiglu_quantize_tiles_both(jnp.full((1, 1), -1e4), jnp.ones((1, 1)))
+    overflow = quantize.swiglu_quantize_tiles_both(jnp.array([[-1e4, 1.0]]))
     assert overflow.by_row.values[0, 0] == 0, "exp overflows, silu does not"
 
 
@@ -340,13 +356,14 @@ def test_both_lower_without_a_device(which):
     if which.startswith("blocks"):
         dtype = jnp.float32 if which == "blocks_fp32" else jnp.bfloat16
         w = jax.ShapeDtypeStruct((8, 7168, 2048), dtype)
-        traced = jax.jit(hopper_both.quantize_blocks_both).trace(w)
+        traced = jax.jit(hopper_both.quantize_blocks_both).trace((w, w))
     else:
-        inputs = (x, x) if which == "swiglu" else (x,)
+        factors = jax.ShapeDtypeStruct((1000,), jnp.float32)
 
-        def run(sizes, *inputs):
+        def run(sizes, x, factors):
             tiles = quantize.ragged_tiles(sizes, 1000)
-            return hopper_both.quantize_both(inputs, tiles, by_row=which != "columns")
+            swiglu = {"swiglu": True, "factors_M": factors} if which == "swiglu" else {}
+            return hopper_both.quantize_both(x, tiles, by_row=which != "columns", **swiglu)
 
-        traced = jax.jit(run).trace(sizes, *inputs)
+        traced = jax.jit(run).trace(sizes, x, factors)
     assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()

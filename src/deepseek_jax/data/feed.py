@@ -9,9 +9,8 @@ may be continued by any number of processes.
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
-import grain
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
@@ -19,7 +18,28 @@ from jaxtyping import Int
 
 from deepseek_jax.types import Batch, UserError
 
-OpenStream = Callable[..., grain.DatasetIterator[Batch]]
+
+class Stream(Protocol):
+    """What a stream is opened as: what grain's iterators can do, without an import of grain."""
+
+    def __next__(self) -> Batch:
+        """The stream's rows of the next batch."""
+        ...
+
+    def get_state(self) -> dict[str, Any]:
+        """Its place, to continue from."""
+        ...
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continues from a place."""
+        ...
+
+    def close(self) -> None:
+        """Ends the processes that prepare data, if there are any."""
+        ...
+
+
+OpenStream = Callable[..., Stream]
 Rows = TypeVar("Rows")  # a Batch, or another tree of arrays by rows
 
 

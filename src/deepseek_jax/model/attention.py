@@ -31,6 +31,9 @@ KEY_BLOCK = 512
 CACHE_BLOCKS = "cache_blocks"  # the scope of the loop over them
 # Of slots that are not seen. Finite: a row may see none, and must not become NaN.
 LEAST = -1e30
+# Under rematerialisation its results are known by it: the second, the sums of softmax, is a
+# residual of cuDNN's own and has no name.
+CUDNN_ATTENTION = cudnn._dot_product_attention_fwd_p_wrapper
 
 
 class Positions(NamedTuple):
@@ -101,7 +104,7 @@ def attend(
         return (out / total_BTN1).astype(v_BSNO.dtype)
 
     if T <= QUERY_CHUNK:
-        return chunk(jnp.int32(0), T)
+        return checkpoint_name(chunk(jnp.int32(0), T), "mla_heads")
     whole = T // QUERY_CHUNK * QUERY_CHUNK
     # Without the checkpoint the loop would keep every chunk's scores for the backward pass.
     body = jax.checkpoint(lambda start: chunk(start, QUERY_CHUNK))
@@ -109,7 +112,7 @@ def attend(
     out = jnp.moveaxis(out, 0, 1).reshape(q_BTNH.shape[0], whole, *v_BSNO.shape[2:])
     if whole < T:
         out = jnp.concatenate([out, chunk(jnp.int32(whole), T - whole)], axis=1)
-    return out
+    return checkpoint_name(out, "mla_heads")
 
 
 @jax.named_scope("attention_core")
@@ -288,7 +291,6 @@ class MLA(ParamModule):
                     q_nope = dot("btnc,rnc->btnr", q_BTNH[..., :C], unfold[..., :C], precision)
                     out = attend_absorbed(q_nope, q_pe_BTNP, cache, layer, c.softmax_scale)
                     out = dot("btnr,rno->btno", out, unfold[..., C:], precision)
-            out = checkpoint_name(out, "mla_heads")
             out = linear(out, wo_NOD, precision, contracted=2)  # Eq. 11
             return sharding.psum(out, "heads"), cache
 

@@ -1,7 +1,7 @@
 """The routed experts of one device: gather the chosen tokens, grouped SwiGLU, sum back."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -110,6 +110,7 @@ def local_experts(
         )
     with jax.named_scope("dispatch"):
         pairs = sorted_pairs(experts_TK, E, experts_TK.size if most is None else most)
+        pairs = jax.tree.map(lambda a: checkpoint_name(a, "dispatch"), pairs)
         x_MD = to_pairs(x_TD.astype(precision.compute_dtype), pairs)
         each = Pairs(pairs.choice_M, pairs.choice_M, pairs.slot_TK.reshape(-1, 1), pairs.sizes_G)
         gates_M1 = to_pairs(gates_TK.reshape(-1, 1), each)
@@ -127,14 +128,11 @@ def _experts(
     precision: Precision,
 ) -> jax.Array:
     """Of every pair, gate * FFN(x) by its own expert."""
-    in_fp8 = precision.matmuls == "fp8"
-    times = functools.partial(
-        fp8_grouped_linear if in_fp8 else grouped_matmul, group_sizes_G=sizes_G
-    )
-    gate = checkpoint_name(times(x_MD, weights.w1_EDF), "ffn_gate")
-    up = checkpoint_name(times(x_MD, weights.w3_EDF), "ffn_up")
-    if in_fp8:
-        # The gate comes last here: the FP8 layer makes SwiGLU's product itself, and quantizes it.
-        y_MD = fp8_grouped_swiglu_linear(gate, up, weights.w2_EFD, sizes_G)
-        return (y_MD * gates_M1).astype(y_MD.dtype)
-    return times(swiglu(gate, up, precision, gates_M1), weights.w2_EFD)
+    w1_EDF, w3_EDF, w2_EFD = weights
+    if precision.matmuls == "fp8":
+        gate_up = fp8_grouped_linear(x_MD, (w1_EDF, w3_EDF), sizes_G)
+        gate_up = checkpoint_name(gate_up, "ffn_gate_up")
+        return fp8_grouped_swiglu_linear(gate_up, gates_M1[:, 0], w2_EFD, sizes_G)
+    times: Any = functools.partial(grouped_matmul, group_sizes_G=sizes_G)
+    gate, up = (checkpoint_name(times(x_MD, w), "ffn_gate_up") for w in (w1_EDF, w3_EDF))
+    return times(swiglu(gate, up, precision, gates_M1), w2_EFD)

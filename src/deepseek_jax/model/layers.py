@@ -292,12 +292,15 @@ class FeedForward(ParamModule):
 
         @jax.named_scope("ffn")
         def ffn(x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-            gate = checkpoint_name(linear(x_BTD, w1_DF, self.precision), "ffn_gate")
-            up = checkpoint_name(linear(x_BTD, w3_DF, self.precision), "ffn_up")
             if self.precision.matmuls == "fp8":
-                gate_MF, up_MF = (a.reshape(-1, a.shape[-1]) for a in (gate, up))
-                out = fp8_swiglu_linear(gate_MF, up_MF, w2_FD).reshape(x_BTD.shape)
+                x_MD = x_BTD.astype(self.precision.compute_dtype).reshape(-1, D)
+                gate_up = checkpoint_name(fp8_linear(x_MD, (w1_DF, w3_DF)), "ffn_gate_up")
+                out = fp8_swiglu_linear(gate_up, w2_FD).reshape(x_BTD.shape)
             else:
+                gate, up = (
+                    checkpoint_name(linear(x_BTD, w, self.precision), "ffn_gate_up")
+                    for w in (w1_DF, w3_DF)
+                )
                 out = linear(swiglu(gate, up, self.precision), w2_FD, self.precision)
             return sharding.psum(out, "mlp")
 

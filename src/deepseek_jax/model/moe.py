@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from deepseek_jax import sharding
@@ -221,6 +222,7 @@ class MoE(ParamModule):
                 route(jnp.einsum("btd,de->bte", x.astype(jnp.float32), gate_DE), bias_E, c, chosen)
                 for x, chosen in zip(x_BTD, experts_BTK, strict=True)
             ]
+            routing = jax.tree.map(lambda a: checkpoint_name(a, "router"), routing)
             chosen = [
                 Chosen(x.reshape(-1, D), r.experts_BTK.reshape(-1, K), r.weights_BTK.reshape(-1, K))
                 for x, r in zip(x_BTD, routing, strict=True)

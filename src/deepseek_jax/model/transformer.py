@@ -6,12 +6,13 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from deepseek_jax import sharding
 from deepseek_jax.config import FLOAT32, ModelConfig, Precision, RematPolicy
-from deepseek_jax.model.attention import MLA, Positions
+from deepseek_jax.model.attention import CUDNN_ATTENTION, MLA, Positions
 from deepseek_jax.model.dispatch import ExpertParallel
 from deepseek_jax.model.layers import (
     GATHERED,
@@ -25,9 +26,18 @@ from deepseek_jax.model.mtp import MTPModule, shift_left
 from deepseek_jax.model.rope import rope_tables
 from deepseek_jax.types import KVCache, Params
 
-# What the "selective" policy keeps for the backward pass: outputs of the expensive matmuls.
-# RMSNorm, the MLA up-projections, the router and SwiGLU are computed again (V3 section 3.2.3).
-_KEPT = ("mla_latent", "mla_heads", "ffn_gate", "ffn_up")
+# What the "selective" policy keeps for the backward pass: what is dear to compute and small to
+# keep. RMSNorm, the MLA up-projections and SwiGLU are computed again (V3 section 3.2.3), and so is
+# every step between two of these names, the residual stream being one.
+_KEPT = (
+    "mla_latent",
+    "mla_heads",
+    "attended",
+    "router",
+    "dispatch",
+    "ffn_gate_up",
+    "fp8_input",
+)
 
 
 class Hidden(NamedTuple):
@@ -81,7 +91,7 @@ class Block(ParamModule):
         for x, where, _ in parts:
             normed = rms_norm(x, attn_norm_D, eps)
             attended, cache = attention(normed, where, cache, layer.layer)
-            states.append(x + attended)
+            states.append(checkpoint_name(x + attended, "attended"))
             inputs.append(rms_norm(states[-1], ffn_norm_D, eps))
         if self.use_moe:
             assert layer.bias_E is not None
@@ -114,10 +124,15 @@ def _all_but_gathered(primitive: Any, *_: Any, **params: Any) -> bool:
     return primitive.name != "all_gather" and params.get("name") != GATHERED
 
 
+def _dear(primitive: Any, *_: Any, **params: Any) -> bool:
+    """Policy "selective"."""
+    return primitive is CUDNN_ATTENTION or params.get("name") in _KEPT
+
+
 def _remat(block: type[Block], policy: RematPolicy) -> type[Block]:
     policies: dict[RematPolicy, Any] = {
         "none": _all_but_gathered,
-        "selective": jax.checkpoint_policies.save_only_these_names(*_KEPT),
+        "selective": _dear,
         "full": None,
     }
     # prevent_cse guards against XLA undoing the recomputation; inside a scan it cannot.
