@@ -28,7 +28,7 @@ from deepseek_jax.model.transformer import param_counts
 from deepseek_jax.plan import training_flops_per_token
 from deepseek_jax.report.hardware import peak_flops
 from deepseek_jax.train import optim
-from deepseek_jax.train.loop import divide_batch
+from deepseek_jax.train.loop import divide_batch, jit_step
 from deepseek_jax.train.losses import pretrain_loss
 from deepseek_jax.train.step import init_state, make_train_step, state_shardings
 
@@ -97,9 +97,8 @@ class Run:
         parts = Batch(rows[:, :-1], rows[:, 1:], ones.astype(np.float32), positions, ones)
         self.batch = divide_batch(*shape, mesh).place([parts])
         step = make_train_step(model, tx, loss_fn, lambda step: 0.001)
-        jitted = jax.jit(step, donate_argnums=0, out_shardings=(where, None))
         limit = np.float32(np.inf)
-        self.step = jitted.lower(self.state, self.batch, limit).compile()
+        self.step = jit_step(step, self.state).lower(self.state, self.batch, limit).compile()
         self.compile_s = time.perf_counter() - start
         self.losses = [self()]
 

@@ -11,7 +11,7 @@ from deepseek_jax import sharding
 from deepseek_jax.config import FLOAT32
 from deepseek_jax.data.sft import ConversationConfig
 from deepseek_jax.report import read_metrics
-from deepseek_jax.train import distill
+from deepseek_jax.train import losses
 from deepseek_jax.train.distill import DistillConfig, top_k_divergence
 from deepseek_jax.train.loop import LoopConfig
 from deepseek_jax.train.optim import OptimConfig
@@ -42,7 +42,7 @@ def plain(student, k):
 
 @pytest.mark.parametrize("k", [1, K, V])
 def test_chunks_are_the_whole(k, monkeypatch):
-    monkeypatch.setattr(distill, "LOGITS_AT_ONCE", 2 * V * 4)  # four rows at a time
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 2 * V * 4)  # four rows at a time
 
     def chunked(student):
         return top_k_divergence(*student, *TEACHER, WEIGHTS, k)

@@ -13,12 +13,12 @@ from deepseek_jax import sharding
 from deepseek_jax.config import Precision
 from deepseek_jax.model.transformer import DeepSeekV3, logical_axes
 from deepseek_jax.train.losses import (
-    LOGITS_AT_ONCE,
     LossParts,
     Totals,
     head,
     hidden_states,
     next_token_loss,
+    rows_at_once,
 )
 from deepseek_jax.train.run import RunConfig, Trainee, load_weights, model_of
 from deepseek_jax.types import Batch, Params, UserError
@@ -114,7 +114,7 @@ def top_k_divergence(
     rows; the heads may be its part of the vocabulary.
     """
     M, V = len(hidden_MD), head_DV.shape[1]
-    rows = max(1, min(M, LOGITS_AT_ONCE // (2 * V)))
+    rows = rows_at_once(M, 2 * V)
     pad = -M % rows
     head_DV = head_DV.astype(hidden_MD.dtype)
     teacher_head_DV = jax.lax.stop_gradient(teacher_head_DV).astype(taught_MD.dtype)

@@ -134,7 +134,7 @@ def token_logprobs(
             alone keeps all. A target is always kept.
     """
     M, V = len(hidden_MD), head_DV.shape[1]
-    rows = max(1, min(M, losses.LOGITS_AT_ONCE // V))
+    rows = losses.rows_at_once(M, V)
     pad = -M % rows
     kept_MX = jnp.full((M, 0), -1, jnp.int32) if kept_MX is None else kept_MX
     logp_M, *rest = _chunked(

@@ -247,10 +247,15 @@ def fit(
     return Outcome(state, step, step == config.steps, first_load, last_load)
 
 
-# Without these two every exchange of tokens is synchronous, and nothing can run under it.
-_TPU_OPTIONS = {
-    "xla_tpu_enable_async_ragged_all_to_all": "true",
-    "xla_tpu_enable_async_all_to_all": "true",
+_COMPILER_OPTIONS = {
+    # Without these two every exchange of tokens is synchronous, and nothing can run under it.
+    "tpu": {
+        "xla_tpu_enable_async_ragged_all_to_all": "true",
+        "xla_tpu_enable_async_all_to_all": "true",
+    },
+    # A kernel whose result is both used and kept for the backward pass is otherwise run twice:
+    # once more to write straight into the stack of all layers (3 to 5% of a step on an H100).
+    "gpu": {"xla_gpu_enable_dynamic_slice_fusion": False},
 }
 
 
@@ -262,7 +267,7 @@ def jit_step(step: TrainStep, state: TrainState) -> TrainStep:
         step,
         donate_argnums=0,
         out_shardings=(where, where.step),
-        compiler_options=_TPU_OPTIONS if platform == "tpu" else None,
+        compiler_options=_COMPILER_OPTIONS.get(platform),
     )
 
 
