@@ -88,12 +88,13 @@ def family_questions() -> tuple[Task, ...]:
 
 def families(run: Experiment) -> Recipe:
     """The mixture."""
-    read = run.questions and tuple(read_jsonl(run.questions))
+    given = run.questions
+    questions = family_questions() if given is None else tuple(read_jsonl(given))
     cold_steps, steps = {"cpu": (900, 40), "gpu": (700, 80)}[run.hardware]
     return Recipe(
         name="families",
         size=SIZES[run.hardware],
-        questions=read or family_questions(),
+        questions=questions,
         max_new_tokens=160,
         judge=judge_family,
         rewards=RewardConfig(verifier="exact"),
