@@ -158,7 +158,7 @@ def judge_family(prompt: str, said: Completion, answer: str) -> float:
 
 def zero(run: Experiment) -> Recipe:
     """Sums, by a base that has seen careless text."""
-    base_steps, steps = {"cpu": (600, 40), "gpu": (700, 80)}[run.hardware]
+    base_steps, steps = {"cpu": (600, 40), "gpu": (900, 60)}[run.hardware]
     return Recipe(
         name="zero",
         size=SIZES[run.hardware],

@@ -395,7 +395,7 @@ def _transcripts(name: str, folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def mixed(sources: Mapping[str, str], each: int) -> tuple[Task, ...]:
-    """Questions of several sources in turns; ``kind`` is the name of the source.
+    """Questions of several sources in turns, as many of each; ``kind`` is the name of the source.
 
     One seed for all runs: which questions there are does not depend on the seed of a run, whose
     own is that of their order.
