@@ -9,6 +9,7 @@ import dataclasses
 import json
 import os
 import signal
+import statistics
 import threading
 import time
 import traceback
@@ -71,7 +72,7 @@ class Size:
 _BYTES = preset("tiny").replace(vocab_size=266, num_nextn_predict_layers=0)  # no merges
 
 # 2.1M parameters; two cores, minutes.
-CPU = Size(_BYTES, FLOAT32, 32, 8, 256, 16, 2e-3, 5e-4, 200)
+CPU = Size(_BYTES, FLOAT32, 32, 8, 256, 16, 2e-3, 5e-4, 500)
 
 # 24.1M parameters, 7.5M active. A model of this size leaves an H100 waiting for launches, so what
 # counts is rows per launch: 2048 completions at a time. BF16, and widths that are multiples of
@@ -328,7 +329,8 @@ class Report:
         self.out, self.clock, self.setting = out, clock, dict(setting)
         self.rows: list[dict[str, Any]] = []
         self.failures: list[str] = []
-        self.runs: dict[str, Path] = {}
+        self.runs: dict[str, list[dict[str, Any]]] = {}
+        self.said: list[dict[str, Any]] = []
         out.mkdir(parents=True, exist_ok=True)
 
     def part(self, what: str, run: Callable[[], Any]) -> bool:
@@ -347,15 +349,22 @@ class Report:
 
     def judge(self, recipe: Recipe, way: str, seed: int, folder: Path, seconds: float) -> None:
         """Rows of what a run has made."""
-        steps = max((line["step"] for line in read_metrics(folder / "metrics.jsonl")), default=0)
+        metrics = read_metrics(folder / "metrics.jsonl")
+        steps = max((line["step"] for line in metrics), default=0)
         head = {"recipe": recipe.name, "way": way, "seed": seed, "steps": steps}
+        tail: dict[str, Any] = {"seconds": seconds}
+        for name in ("generate_s", "train_s", "generate_tokens_per_s", "tokens_per_s"):
+            found = [line[name] for line in metrics if name in line]
+            if found:
+                tail[name] = statistics.median(found)
         began = time.perf_counter()
         for found in figures(recipe, folder):
-            self.rows.append(head | found | {"seconds": seconds})
+            self.rows.append(head | found | tail)
             print("  ".join(f"{k} {_shown(v)}" for k, v in self.rows[-1].items()), flush=True)
         print(f"(judged in {time.perf_counter() - began:.0f} s)", flush=True)
-        self.runs[f"{recipe.name} {way} {seed}"] = folder
-        self.write()
+        name = f"{recipe.name} {way} {seed}"
+        self.runs[name] = metrics
+        self.said += _transcripts(name, folder)
 
     def write(self) -> None:
         """Everything so far."""
@@ -363,16 +372,14 @@ class Report:
         found = {"setting": self.setting, "device": device, "jax": jax.__version__}
         found |= {"seconds": self.clock.seconds - self.clock.left, "rows": self.rows}
         write_json(self.out / "results.json", found | {"failures": self.failures})
-        metrics = {name: read_metrics(path / "metrics.jsonl") for name, path in self.runs.items()}
-        lines = ({"run": name} | line for name, own in metrics.items() for line in own)
+        lines = ({"run": name} | line for name, own in self.runs.items() for line in own)
         write_json_lines(self.out / "metrics.jsonl", lines)
+        write_json_lines(self.out / "transcripts.jsonl", self.said)
         reinforced = {
-            name: own for name, own in metrics.items() if any("reward" in line for line in own)
+            name: own for name, own in self.runs.items() if any("reward" in line for line in own)
         }
         if reinforced:
             plot_runs(reinforced, self.out / "curves.png")
-        said = (line for name, path in self.runs.items() for line in _transcripts(name, path))
-        write_json_lines(self.out / "transcripts.jsonl", said)
 
 
 def _shown(value: Any) -> str:
