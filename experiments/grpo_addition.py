@@ -1,144 +1,92 @@
 """Reward turns a habit around: addition with working, 80% of whose demonstrations drop the carry.
 
-A small MLA+MoE model first imitates demonstrations of two-digit sums, worked digit by digit. Four
-fifths of them take every carry as 0, so imitation's likeliest answer is wrong wherever there is
-one, and more imitation cannot mend that. Then GRPO rewards right answers. It selects a behaviour
-that a fifth of the demonstrations showed; it does not invent one.
+A small MLA+MoE model first imitates demonstrations of sums, worked digit by digit. Four fifths of
+them take every carry as 0, so imitation's likeliest answer is wrong wherever there is one, and more
+imitation cannot mend that. Then GRPO rewards right answers. It selects a behaviour that a fifth of
+the demonstrations showed; it does not invent one.
 
 Three controls go the same way with a reward for form alone, with random rewards, and with more
 imitation at the same cost. Every figure is of held-out sums, by a judge that the rewards do not
 share code with.
+
+    python -m experiments.grpo_addition                                   # two cores, two digits
+    python -m experiments.grpo_addition --hardware gpu --digits 4 5 6 --ways accuracy --seeds 0 1 2
 """
 
-import dataclasses
 import hashlib
-import json
 import re
 import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import tyro
 
-from deepseek_jax.checkpoint import load_params
-from deepseek_jax.config import FLOAT32
-from deepseek_jax.data.pipeline import DataConfig
-from deepseek_jax.data.prompts import Prompter
-from deepseek_jax.data.tasks import Split, addition_demonstration, open_tasks, split
-from deepseek_jax.data.tokenizer import Tokenizer
-from deepseek_jax.evaluate import solve
-from deepseek_jax.generate import Engine, EngineConfig, Sampling
-from deepseek_jax.model.transformer import DeepSeekV3
-from deepseek_jax.presets import preset
+from deepseek_jax.data.tasks import addition_demonstration
 from deepseek_jax.report import Progress, summary_table
 from deepseek_jax.rewards import Completion, Term, numeric
-from deepseek_jax.train.grpo import GRPO_OPTIM, GrpoConfig, grpo
-from deepseek_jax.train.loop import LoopConfig
-from deepseek_jax.train.objective import ObjectiveConfig
-from deepseek_jax.train.optim import OptimConfig
-from deepseek_jax.train.pretrain import PretrainConfig, pretrain
 from deepseek_jax.train.reward_terms import RewardConfig
-from deepseek_jax.train.rollout import RolloutConfig
+from experiments.grpo_setting import (
+    SIZES,
+    Clock,
+    Hardware,
+    Recipe,
+    Report,
+    imitate,
+    mixed,
+    reinforce,
+)
 
 Way = Literal["accuracy", "format", "random", "imitation"]
-MODEL = preset("tiny").replace(vocab_size=266, num_nextn_predict_layers=0)  # bytes, no merges
-P, G, HELD_OUT = 32, 8, 0.05
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Experiment:
     """What to run."""
 
     out: Path = Path("out/grpo_addition")
-    digits: int = 2
+    report: Path | None = None
+    """Where the results go; default: ``out``."""
+    hardware: Hardware = "cpu"
+    """How large the model is, and what is done at a time."""
+    digits: tuple[int, ...] = (2,)
+    """Of both numbers; several: sums of each."""
     seeds: tuple[int, ...] = (0,)
     ways: tuple[Way, ...] = ("accuracy", "format", "random", "imitation")
-    cold_steps: int = 500
-    steps: int = 40
-    peak_lr: float = 5e-4
-
-    @property
-    def tasks(self) -> str:
-        """Where questions come from."""
-        return f"add:{self.digits}"
-
-    @property
-    def max_new_tokens(self) -> int:
-        """A demonstration and its end, with room to ramble."""
-        return 14 * self.digits + 45
+    cold_steps: int | None = None
+    """Default: 500 on a CPU, 900 on a GPU."""
+    steps: int | None = None
+    """Of GRPO; default: 40 on a CPU, 60 on a GPU."""
+    seconds: float = 1e9
+    """For everything: runs stop and are judged as they are, and no further seed is begun."""
 
 
-def demonstrations(path: Path, tasks: Split, seed: int) -> None:
-    """Of the tasks to learn from; which ones are wrong depends on the seed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        for task in tasks.train:
-            text = task.prompt + addition_demonstration(task, wrong_share=0.8, seed=seed)
-            file.write(json.dumps({"text": text}) + "\n")
-
-
-def imitate(run: Experiment, out: Path, init: Path | None, steps: int, seed: int) -> None:
-    """Train on the demonstrations."""
-    pretrain(
-        PretrainConfig(
-            out=out,
-            init=init,
-            model=MODEL,
-            precision=FLOAT32,
-            data=DataConfig(
-                source=(str(run.out / f"demonstrations_{seed}.jsonl"),),
-                seq_len=256,
-                fim_rate=0.0,
-                mask_documents=True,
-                held_out_fraction=0.02,
-                seed=seed,
-            ),
-            loop=LoopConfig(
-                steps=steps, batch_size=16, eval_every=0, save_every=steps, init_seed=seed
-            ),
-            optim=OptimConfig(peak_lr=2e-3, min_lr=2e-4, final_lr=2e-4),
-            prompt="47+85=",
-        )
+def recipe_of(run: Experiment) -> Recipe:
+    """The sums, and how long a model learns."""
+    cold_steps, steps = {"cpu": (500, 40), "gpu": (900, 60)}[run.hardware]
+    return Recipe(
+        name="addition",
+        size=SIZES[run.hardware],
+        questions=mixed(
+            {f"{n} digits": f"add:{n}" for n in run.digits},
+            10_000 if run.hardware == "cpu" else 16_000,
+        ),
+        # A demonstration and its end, with room to ramble.
+        max_new_tokens=14 * max(run.digits) + 45,
+        judge=judge,
+        rewards=RewardConfig(verifier="numeric"),
+        imitation_steps=run.cold_steps or cold_steps,
+        steps=run.steps or steps,
     )
 
 
-def reinforce(run: Experiment, out: Path, init: Path, way: Way, seed: int) -> None:
-    """GRPO with one of three rewards."""
-
-    def random(prompt: str, said: Completion, answer: str) -> float:
-        return hashlib.blake2b(f"{seed}{prompt}{said.text}".encode()).digest()[0] / 255
-
-    config = GrpoConfig(
-        out=out,
-        init=init,
-        precision=FLOAT32,
-        tasks=run.tasks,
-        task_seed=seed,
-        held_out_fraction=HELD_OUT,
-        prompt_style="plain",
-        rewards=RewardConfig(accuracy_weight=float(way == "accuracy")),
-        rollout=RolloutConfig(
-            prompts=P,
-            group_size=G,
-            sampling=Sampling(run.max_new_tokens, temperature=1.0, top_p=1.0, seed=seed),
-            slots=P * G,
-        ),
-        objective=ObjectiveConfig(kl_coef=0.0),
-        loop=LoopConfig(steps=run.steps, batch_size=P * G, eval_every=10, save_every=run.steps),
-        optim=dataclasses.replace(
-            GRPO_OPTIM,
-            constant_until=0.0,
-            peak_lr=run.peak_lr,
-            min_lr=run.peak_lr / 10,
-            final_lr=run.peak_lr / 10,
-        ),
-        eval_tasks=200,
-        show_every=20,
-    )
-    terms = [Term("accuracy", 0.0, numeric), Term("random", 1.0, random)]
-    grpo(config, terms if way == "random" else None)
+def demonstrations(recipe: Recipe, seed: int) -> Iterator[str]:
+    """Of the sums to learn from; which ones are wrong depends on the seed."""
+    for task in recipe.tasks.train:
+        yield task.prompt + addition_demonstration(task, wrong_share=0.8, seed=seed)
 
 
 def judge(prompt: str, said: Completion, answer: str) -> float:
@@ -148,45 +96,68 @@ def judge(prompt: str, said: Completion, answer: str) -> float:
     return float(match is not None and int(match[1]) == int(a) + int(b))
 
 
-def figures(run: Experiment, folder: Path, tasks: Split) -> dict[str, float]:
-    """Held-out accuracy: greedy, and of 4 samples at temperature 1."""
-    params, bias, _ = load_params(folder)
-    prompter = Prompter("plain", Tokenizer.load(folder))
-    length = run.max_new_tokens + 2 * run.digits + 3
-    sizes = EngineConfig(slots=128, max_length=length, lanes=32, prefill_chunk=16)
-    engine = Engine(DeepSeekV3(MODEL, FLOAT32), params, bias, sizes)
-    attempt = partial(solve, engine, prompter, tasks.held_out, judge)
-    greedy = attempt(Sampling(run.max_new_tokens, temperature=0.0)).scalars()
-    drawn = attempt(Sampling(run.max_new_tokens, temperature=1.0, top_p=1.0), 4).scalars()
-    names = ("pass@1", "pass@4", "format", "truncated", "tokens", "groups_without_spread")
-    return {"greedy": greedy["pass@1"]} | {name: drawn[name] for name in names}
+def learn(run: Experiment, recipe: Recipe, way: Way, seed: int) -> Path:
+    """One way to go on from the cold start."""
+    cold, out = run.out / f"cold_{seed}", run.out / f"{way}_{seed}"
+
+    def random(prompt: str, said: Completion, answer: str) -> float:
+        return hashlib.blake2b(f"{seed}{prompt}{said.text}".encode()).digest()[0] / 255
+
+    if way == "imitation":
+        # As many tokens trained on; a third more for those that GRPO generated.
+        rows = recipe.size.prompts * recipe.size.group_size
+        tokens = recipe.steps * rows * (recipe.max_new_tokens + 8) * 4 // 3
+        steps = max(1, tokens // (recipe.size.imitated_rows * 256))
+        imitate(recipe, out, demonstrations(recipe, seed), seed, cold, steps)
+    elif way == "random":
+        terms = [Term("accuracy", 0.0, numeric), Term("random", 1.0, random)]
+        reinforce(recipe, out, cold, seed, terms)
+    else:
+        weight = float(way == "accuracy")
+        rewards = RewardConfig(verifier="numeric", accuracy_weight=weight)
+        reinforce(recipe, out, cold, seed, rewards=rewards)
+    return out
+
+
+def one_seed(run: Experiment, recipe: Recipe, report: Report, seed: int) -> None:
+    """The cold start, then every way from it."""
+    clock, cold = report.clock, run.out / f"cold_{seed}"
+
+    def start() -> None:
+        began = time.perf_counter()
+        if not cold.exists():
+            with clock.stop_after(clock.left / 2):
+                imitate(recipe, cold, demonstrations(recipe, seed), seed)
+        report.judge(recipe, "cold start", seed, cold, time.perf_counter() - began)
+
+    def go_on(way: Way) -> None:
+        began = time.perf_counter()
+        with clock.stop_after(clock.left - 40):
+            out = learn(run, recipe, way, seed)
+        report.judge(recipe, way, seed, out, time.perf_counter() - began)
+
+    if report.part(f"seed {seed}, cold start", start):
+        for way in run.ways:
+            report.part(f"seed {seed}, {way}", partial(go_on, way))
 
 
 def main() -> None:
-    """Every seed: the cold start, then every way from it."""
+    """Every seed, as long as there is time for one more like the last."""
     run = tyro.cli(Experiment)
-    rows: list[dict[str, Any]] = []
+    clock = Clock(run.seconds)
+    report = Report(run.report or run.out, {k: str(v) for k, v in asdict(run).items()}, clock)
+    # Tasks come in another order for another seed; which are held out does not change.
+    recipe = recipe_of(run)
+    took = 0.0
     for seed in run.seeds:
-        # Tasks come in another order for another seed; which are held out does not change.
-        tasks = split(open_tasks(run.tasks, seed=seed), HELD_OUT)
-        demonstrations(run.out / f"demonstrations_{seed}.jsonl", tasks, seed)
-        cold = run.out / f"cold_{seed}"
-        if not cold.exists():
-            imitate(run, cold, None, run.cold_steps, seed)
-        rows.append({"way": "cold start", "seed": seed} | figures(run, cold, tasks))
-        for way in run.ways:
-            out, began = run.out / f"{way}_{seed}", time.perf_counter()
-            if way == "imitation":
-                # As many tokens trained on; a third more for those that GRPO generated.
-                tokens = run.steps * P * G * (run.max_new_tokens + 8) * 4 // 3
-                imitate(run, out, cold, max(1, tokens // (16 * 256)), seed)
-            else:
-                reinforce(run, out, cold, way, seed)
-            took = {"seconds": time.perf_counter() - began}
-            rows.append({"way": way, "seed": seed} | figures(run, out, tasks) | took)
-            (run.out / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
+        if clock.left < 0.6 * took:  # the first one has compiled for all
+            print(f"no time for seed {seed}: {clock.left:.0f} s left", flush=True)
+            break
+        before = clock.left
+        one_seed(run, recipe, report, seed)
+        took = before - clock.left
     with Progress(1) as console:
-        console.console.print(summary_table(rows))
+        console.console.print(summary_table(report.rows))
 
 
 if __name__ == "__main__":

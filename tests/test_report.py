@@ -25,6 +25,7 @@ from deepseek_jax.report import (
     peak_flops,
     plot_expert_load,
     plot_loss,
+    plot_runs,
     read_metrics,
     summary_table,
 )
@@ -301,6 +302,20 @@ def test_the_expert_load_is_drawn(tmp_path, shape):
     first[0] = 0  # a layer that no token has reached
     plot_expert_load(first, last, tmp_path / "load.png")
     assert (tmp_path / "load.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_runs_are_drawn_over_one_another(tmp_path):
+    """More of them than colours, one without an evaluation, one that has only begun."""
+    runs = {
+        f"seed {i}": [
+            {"step": step, "reward/accuracy": 0.1 * step, "entropy": 1.0, "grad_norm": 0.5}
+            | ({"eval_greedy": 0.2} if step % 2 == 0 and i else {})
+            for step in range(1, 2 + i)
+        ]
+        for i in range(7)
+    }
+    plot_runs(runs, tmp_path / "runs.png")
+    assert (tmp_path / "runs.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_importing_is_cheap():

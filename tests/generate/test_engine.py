@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from deepseek_jax import DeepSeekV3, UserError, forward, init_params, init_router_bias, sharding
 from deepseek_jax.config import FLOAT32
 from deepseek_jax.generate import Engine, EngineConfig, Request, Sampling
+from deepseek_jax.generate.slots import _STARTED_AT_ONCE
 from deepseek_jax.model import attention
 from deepseek_jax.model.transformer import init_cache
 from tests.configs import MICRO, quick_jit
@@ -98,6 +99,21 @@ def test_a_text_depends_on_its_own_prompt_and_seed_alone(lengths, order, drafts)
         expected = alone[places[completion.request], completion.sample]
         assert completion.tokens == expected.tokens
         np.testing.assert_allclose(completion.log_probs, expected.log_probs, atol=1e-5)
+
+
+def test_more_sequences_start_at_once_than_are_copied_at_a_time():
+    """A rollout's beginning: all slots free, few lanes, every sample's own stream of randomness."""
+    drawn = Sampling(max_new_tokens=4, temperature=1.0, top_p=1.0, seed=3)
+    each = prompts(5)
+    requests = [Request(prompt, drawn, samples=9) for prompt in each]
+    texts = []
+    for slots in (2 * _STARTED_AT_ONCE + 5, 3):
+        sizes = EngineConfig(slots, LENGTH, lanes=5, prefill_chunk=32, rounds=3)
+        found = Engine(*setup(), sizes).generate(requests)
+        texts.append({(c.request, c.sample): c.tokens for c in found})
+    assert len(texts[0]) == 45
+    assert texts[0] == texts[1]
+    assert len({tuple(tokens) for tokens in texts[0].values()}) > 30
 
 
 def test_seeds_samples_and_the_reported_log_probabilities():

@@ -390,9 +390,9 @@ class _Run:
         """Put what is ready into free slots; they are no longer to be stopped."""
         engine, rows = self.engine, self.engine._rows
         free = [slot for slot in range(rows) if slot not in self.running]
-        lane_N, slot_N, limit_N, top_k_N = np.zeros((4, rows), np.int32)
+        lane_N, slot_N, limit_N, top_k_N, sample_N = np.zeros((5, rows), np.int32)
         temperature_N, top_p_N, min_p_N = np.zeros((3, rows), np.float32)
-        key_N2 = np.zeros((rows, 2), np.uint32)
+        seed_N = np.zeros(rows, np.int64)
         stop_NX = np.full((rows, MAX_STOP_TOKENS), -1, np.int32)
         count = 0
         while free and self.ready:
@@ -404,11 +404,12 @@ class _Run:
             stop_NX[count, : len(request.stop_tokens)] = request.stop_tokens
             temperature_N[count], top_p_N[count] = how.temperature, how.top_p
             top_k_N[count], min_p_N[count] = how.top_k, how.min_p
-            key_N2[count] = programs.request_keys(how.seed, sequence.sample)
+            seed_N[count], sample_N[count] = how.seed, sequence.sample
             self.running[slot] = sequence
             stopped_B[slot] = 0
             count += 1
         if count:
+            key_N2 = np.asarray(programs.request_keys(seed_N, sample_N))
             controls = Controls(temperature_N, top_p_N, top_k_N, min_p_N, key_N2)
             engine._state = programs.start(
                 engine.model,
@@ -423,11 +424,22 @@ class _Run:
 
     def _finished(self, stopped_B: np.ndarray) -> Iterator[Completion]:
         """What has ended; slots that end for a reason of the host are marked to be stopped."""
+        status_B, length_B = _on_host(
+            (self.engine._state.status_B, self.engine._state.cache.length_B)
+        )
+        watched = self.on_tokens is not None or any(
+            self.requests[sequence.request].stopped for sequence in self.running.values()
+        )
+        ended = any(status_B[slot] != programs.RUNNING for slot in self.running)
+        if not (watched or ended):
+            return
         state, wide = _fetch(self.engine._state), None
         for slot, sequence in list(self.running.items()):
             request = self.requests[sequence.request]
-            status, first = int(state.status_B[slot]), len(request.prompt)
-            tokens = state.tokens_BS[slot, first : state.length_B[slot] + 1].tolist()
+            status, first = int(status_B[slot]), len(request.prompt)
+            if status == programs.RUNNING and not watched:
+                continue
+            tokens = state.tokens_BS[slot, first : length_B[slot] + 1].tolist()
             if status == programs.NOT_FINITE:
                 raise UserError(
                     "the model's logits are not finite; its parameters are damaged or their number "
@@ -461,10 +473,8 @@ class _Run:
 
 
 class _Fetched(NamedTuple):
-    """What the host looks at after every round."""
+    """What the host looks at where a sequence has ended, or somebody follows its tokens."""
 
-    status_B: np.ndarray
-    length_B: np.ndarray
     tokens_BS: np.ndarray
     log_prob_BS: np.ndarray
     sampling_log_prob_BS: np.ndarray
@@ -473,8 +483,6 @@ class _Fetched(NamedTuple):
 
 def _fetch(slots: Slots) -> _Fetched:
     wanted = (
-        slots.status_B,
-        slots.cache.length_B,
         slots.tokens_BS,
         slots.log_prob_BS,
         slots.sampling_log_prob_BS,

@@ -19,6 +19,9 @@ from deepseek_jax.types import Array, KVCache, Params
 IDLE, RUNNING, STOPPED, FULL, NOT_FINITE = range(5)
 """What a slot is doing, or how it ended: a stop token, its limit, logits that were not finite."""
 MAX_STOP_TOKENS = 8
+# Sequences copied to their slots in one go: one by one, a rollout of 2048 would begin with as many
+# turns of a loop of small kernels; all at once, their prompts would be in memory twice.
+_STARTED_AT_ONCE = 16
 
 
 class Lanes(NamedTuple):
@@ -223,59 +226,71 @@ def start(
         first_slot = sharding.part_index("batch") * rows
         first_lane = sharding.part_index("batch") * held
         logits_BV = _logits(model, params, lanes.window_BWD[:, -1:])[:, 0]
+        N, keep = len(starts.lane_N), _keep_top_k(slots)
+        some = min(_STARTED_AT_ONCE, N)
 
-        def copy_one(i: jax.Array, slots: Slots) -> Slots:
-            lane, slot = starts.lane_N[i] - first_lane, starts.slot_N[i] - first_slot
-            here = (slot >= 0) & (slot < rows)
+        def copy_some(
+            i: jax.Array, carried: tuple[Slots, _Drawn, jax.Array]
+        ) -> tuple[Slots, _Drawn, jax.Array]:
+            slots, drawn, began_B = carried
+            entry_n = i * some + jnp.arange(some)
+            lane_n, slot_n, limit_n, stop_nX, controls = jax.tree.map(
+                lambda x: x[jnp.minimum(entry_n, N - 1)], starts
+            )
+            lane_n, slot_n = lane_n - first_lane, slot_n - first_slot
+            own_n, at_n = (lane_n >= 0) & (lane_n < held), jnp.clip(lane_n, 0, held - 1)
+            here_n = (entry_n < count) & (slot_n >= 0) & (slot_n < rows)
+            # Indices past the end are dropped; no two are the same.
+            slot_n = jnp.where(here_n, slot_n, rows + jnp.arange(some))
 
-            def row(x: jax.Array, axis: int) -> jax.Array:
-                """A lane's, from whichever device holds it."""
-                own = (lane >= 0) & (lane < held)
-                taken = jax.lax.dynamic_index_in_dim(x, jnp.clip(lane, 0, held - 1), axis)
+            def taken(x: jax.Array, axis: int) -> jax.Array:
+                """Lanes' rows, from whichever device holds them."""
+                own = jnp.expand_dims(own_n, tuple(a for a in range(x.ndim) if a != axis))
+                x = jnp.take(x, at_n, axis)
                 if x.dtype == jnp.float8_e4m3fn:  # which has no sum
-                    bits = jax.lax.bitcast_convert_type(taken, jnp.uint8)
+                    bits = jax.lax.bitcast_convert_type(x, jnp.uint8)
                     bits = sharding.psum(jnp.where(own, bits, 0), "batch")
                     return jax.lax.bitcast_convert_type(bits, x.dtype)
-                return sharding.psum(jnp.where(own, taken, 0), "batch")
+                return sharding.psum(jnp.where(own, x, 0), "batch")
 
-            def put(old: jax.Array, new: jax.Array, axis: int) -> jax.Array:
-                at = jnp.clip(slot, 0, rows - 1)
-                new = jnp.where(here, new, jax.lax.dynamic_index_in_dim(old, at, axis))
-                return jax.lax.dynamic_update_slice_in_dim(old, new, at, axis)
+            def put(old: jax.Array, new: jax.Array, axis: int = 0) -> jax.Array:
+                at = old.at[(slice(None),) * axis + (slot_n,)]
+                return at.set(new, mode="drop", unique_indices=True)
 
             def move(old: Any, new: Any) -> Any:
-                axis = [int(x.ndim > 1) for x in jax.tree.leaves(old)]
-                moved = [
-                    put(a, row(b, axis), axis)
-                    for a, b, axis in zip(
-                        jax.tree.leaves(old), jax.tree.leaves(new), axis, strict=True
-                    )
-                ]
-                return jax.tree.unflatten(jax.tree.structure(old), moved)
+                def one(a: jax.Array, b: jax.Array) -> jax.Array:
+                    axis = int(a.ndim > 1)
+                    return put(a, taken(b, axis), axis)
 
-            controls = jax.tree.map(lambda x: x[i][None], starts.controls)
-            keep = _keep_top_k(slots)
-            drawn = _drawn(row(logits_BV, 0), controls, row(lanes.cache.length_B, 0), keep)
+                return jax.tree.map(one, old, new)
+
+            first = _drawn(taken(logits_BV, 0), controls, taken(lanes.cache.length_B, 0), keep)
             slots = slots._replace(
                 cache=move(slots.cache, lanes.cache),
                 mtp=move(slots.mtp, lanes.mtp),
-                window_BWD=put(slots.window_BWD, row(lanes.window_BWD, 0), 0),
-                tokens_BS=put(slots.tokens_BS, row(lanes.tokens_BS, 0), 0),
+                window_BWD=put(slots.window_BWD, taken(lanes.window_BWD, 0)),
+                tokens_BS=put(slots.tokens_BS, taken(lanes.tokens_BS, 0)),
                 experts_LBSK=move(slots.experts_LBSK, lanes.experts_LBSK),
-                status_B=put(slots.status_B, jnp.full((1,), RUNNING), 0),
-                limit_B=put(slots.limit_B, starts.limit_N[i][None], 0),
-                stop_BX=put(slots.stop_BX, starts.stop_NX[i][None], 0),
-                controls=jax.tree.map(lambda a, b: put(a, b, 0), slots.controls, controls),
-                accepted_Bj=put(slots.accepted_Bj, jnp.zeros_like(slots.accepted_Bj[:1]), 0),
+                status_B=put(slots.status_B, jnp.full((some,), RUNNING)),
+                limit_B=put(slots.limit_B, limit_n),
+                stop_BX=put(slots.stop_BX, stop_nX),
+                controls=jax.tree.map(put, slots.controls, controls),
+                accepted_Bj=put(slots.accepted_Bj, jnp.zeros_like(slots.accepted_Bj[:1])),
             )
-            now = jnp.where(here, jnp.arange(rows) == slot, False).astype(jnp.int32)
-            # As if the prompt's last token were the one known and not yet run.
-            before = slots.cache.length_B - now
-            slots = slots._replace(cache=slots.cache._replace(length_B=before))
-            emitted = jax.tree.map(lambda x: jnp.broadcast_to(x, (rows, *x.shape[1:])), drawn)
-            return _emit(slots, emitted, now, began=now)
+            return slots, jax.tree.map(put, drawn, first), put(began_B, jnp.ones_like(slot_n))
 
-        return jax.lax.fori_loop(0, count, copy_one, slots)
+        nothing = _Drawn(
+            jnp.zeros((rows, 1), jnp.int32),
+            jnp.zeros((rows, 1)),
+            jnp.zeros((rows, 1)),
+            jnp.full((rows, 1, keep), -1, jnp.int32) if keep else None,
+            jnp.ones((rows,), bool),
+        )
+        carried = slots, nothing, jnp.zeros((rows,), jnp.int32)
+        slots, drawn, began_B = jax.lax.fori_loop(0, -(-count // some), copy_some, carried)
+        # As if the prompt's last token were the one known and not yet run.
+        before = slots.cache._replace(length_B=slots.cache.length_B - began_B)
+        return _emit(slots._replace(cache=before), drawn, began_B, began=began_B)
 
     everywhere = sharding.spec()
     others = (row_specs(slots), row_specs(lanes), everywhere, everywhere)
@@ -484,6 +499,11 @@ def _draft(
     return jnp.stack(drafts, 1), jnp.stack(distributions, 1), mtp._replace(length_B=length_B)
 
 
-def request_keys(seed: int, sample: int) -> UInt32[Array, "2"]:
-    """The randomness of one sample of a prompt, whatever else is generated beside it."""
-    return jax.random.key_data(jax.random.fold_in(jax.random.key(seed), sample))
+@jax.jit
+def request_keys(seed_N: Int[Array, "N"], sample_N: Int[Array, "N"]) -> UInt32[Array, "N 2"]:
+    """The randomness of samples of prompts, whatever else is generated beside them."""
+
+    def one(seed: jax.Array, sample: jax.Array) -> jax.Array:
+        return jax.random.key_data(jax.random.fold_in(jax.random.key(seed), sample))
+
+    return jax.vmap(one)(seed_N, sample_N)

@@ -12,6 +12,7 @@ from deepseek_jax.report.plots import (
     plot_expert_load,
     plot_loss,
     plot_rewards,
+    plot_runs,
     plot_stages,
 )
 from deepseek_jax.report.rows import show_rows
@@ -25,6 +26,7 @@ __all__ = [
     "plot_expert_load",
     "plot_loss",
     "plot_rewards",
+    "plot_runs",
     "plot_stages",
     "read_metrics",
     "show_rows",

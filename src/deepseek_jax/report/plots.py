@@ -78,6 +78,42 @@ def plot_rewards(
     figure.savefig(Path(path), dpi=160)
 
 
+def plot_runs(
+    runs: Mapping[str, Sequence[Mapping[str, float | int]]], path: str | os.PathLike[str]
+) -> None:
+    """Draws runs of reinforcement learning over one another: reward, accuracy, length, and so on.
+
+    Args:
+        runs: by name; from `read_metrics`.
+        path: the PNG to write.
+    """
+    panels = {
+        "reward/accuracy": "accuracy of rollouts",
+        "reward/format": "format of rollouts",
+        "eval_greedy": "held-out accuracy, greedy",
+        "completion_tokens": "tokens per completion",
+        "truncated": "cut off",
+        "groups_without_spread": "groups without spread",
+        "entropy": "entropy (nats)",
+        "grad_norm": "norm of the gradient",
+    }
+    figure = _figure(14, 6)
+    axes = figure.subplots(2, 4).flat
+    for axis, (name, label) in zip(axes, panels.items(), strict=True):
+        for index, (run, metrics) in enumerate(runs.items()):
+            steps, values = _series(metrics, name)
+            color = _STAGE_COLORS[index % len(_STAGE_COLORS)]
+            style = ("-", *_STYLES)[index // len(_STAGE_COLORS) % 4]
+            mark = "o" if name.startswith("eval_") else ""
+            axis.plot(
+                steps, values, mark + style, color=color, markersize=4, linewidth=1.2, label=run
+            )
+        _finish(axis, label)
+        if name != "reward/accuracy" and axis.get_legend() is not None:
+            axis.get_legend().remove()  # one serves for all
+    figure.savefig(Path(path), dpi=160)
+
+
 def plot_stages(stages: Mapping[str, Mapping[str, float]], path: str | os.PathLike[str]) -> None:
     """Draws held-out figures of successive stages: accuracy, form and language, length.
 

@@ -61,6 +61,7 @@ class PretrainConfig(RunConfig):
     prompt: str = "def "
     """What the sample at the end continues."""
     sample_tokens: int = 160
+    """Of that sample; 0: none, which spares compiling for it."""
     model: ModelConfig = field(default_factory=lambda: preset("tiny"))
     data: DataConfig = field(default_factory=DataConfig)
 
@@ -184,15 +185,12 @@ def _finish(
         lambda: json.dumps(measure_baselines(config.data, tokenizer)).encode()
     )
     baselines = Baselines(*json.loads(measured))
-    (said,) = complete(
-        model,
-        outcome.state.params,
-        outcome.state.router_bias_LE,
-        tokenizer,
-        [config.prompt],
-        Sampling(max_new_tokens=config.sample_tokens, seed=config.loop.init_seed),
-    )
-    text = config.prompt + said
+    text = config.prompt
+    if config.sample_tokens:
+        sampling = Sampling(max_new_tokens=config.sample_tokens, seed=config.loop.init_seed)
+        weights = outcome.state.params, outcome.state.router_bias_LE
+        (said,) = complete(model, *weights, tokenizer, [config.prompt], sampling)
+        text += said
     if jax.process_index() == 0:
         draw(config.out, outcome, {"token bigram": baselines.bigram, "gzip -9": baselines.gzip})
         (config.out / "sample.txt").write_text(text, encoding="utf-8")
