@@ -152,14 +152,16 @@ class Arm:
                 ).lower(state, ids)
                 nats = jax.jit(self.nats, out_shardings=where.step).lower(state, ids)
             began = time.perf_counter()
-            self.step = step.compile()
+            with ThreadPoolExecutor(1) as beside:
+                evaluate = beside.submit(nats.compile)
+                self.step = step.compile()
             memory: Any = self.step.memory_analysis()
             say(
                 f"{self}: compiled in {time.perf_counter() - began:.1f} s for {self.mesh.size} "
                 f"devices: state {memory.argument_size_in_bytes / 1e9:.2f} GB, temporaries "
                 f"{memory.temp_size_in_bytes / 1e9:.2f} GB of each"
             )
-            self.evaluate = nats.compile()
+            self.evaluate = evaluate.result()
             init = functools.partial(init_state, self.model, self.tx)
             self.state = jax.jit(init, out_shardings=where)(jax.random.key(self.seed))
 
@@ -275,6 +277,7 @@ class Data(NamedTuple):
     train: local_text.Rows
     held_out: local_text.Rows
     tokenizer: Tokenizer
+    facts: dict[str, float]
 
 
 def prepare(arguments: argparse.Namespace, setting: Setting) -> Data:
@@ -291,12 +294,17 @@ def prepare(arguments: argparse.Namespace, setting: Setting) -> Data:
     train = local_text.Rows(local_text.encode(tokenizer, text.train, most), T)
     held_size = arguments.held_out_batches * B * T + 1
     held_out = local_text.Rows(local_text.encode(tokenizer, text.held_out, held_size), T)
-    bytes_each = tokenizer.token_bytes[train.ids].sum() / len(train.ids)
-    say(
-        f"{len(train.ids) / 1e6:.2f}M tokens of {bytes_each:.2f} bytes to train on, "
-        f"{setting.steps * B * T / len(train.ids):.2f} epochs; {len(held_out.ids)} held out"
-    )
-    return Data(train, held_out, tokenizer)
+    facts = {
+        "documents": len(text.train),
+        "files": text.files,
+        "bytes": size,
+        "tokens": len(train.ids),
+        "bytes_per_token": float(tokenizer.token_bytes[train.ids].mean()),
+        "epochs": setting.steps * B * T / len(train.ids),
+        "held_out_tokens": len(held_out.ids),
+    }
+    say("data:", facts)
+    return Data(train, held_out, tokenizer, facts)
 
 
 def work(
@@ -366,6 +374,7 @@ def train(arguments: argparse.Namespace, setting: Setting) -> dict[str, Any]:
         guarded("what ran how", lambda: facts.update(_how(arms, sayings)))
         for future in running:
             guarded("training", future.result)
+    guarded("data", lambda: facts.update(data=data.result().facts))
     facts["runs"] = [guarded(f"{arm}, held out", lambda a=arm: _facts(a, data)) for arm in arms]
     return facts
 

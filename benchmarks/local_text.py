@@ -110,7 +110,7 @@ def encode(tokenizer: Tokenizer, documents: Sequence[str], most_tokens: int) -> 
     parts, count, start = [], 0, 0
     while start < len(documents) and count < most_tokens:
         # Enough at a time for all cores, and not so many that objects fill the memory.
-        end = min(start + 2048, len(documents))
+        end = min(start + 4096, len(documents))
         for ids in tokenizer.encode_batch(documents[start:end]):
             parts.append(np.array([tokenizer.bos_id, *ids], np.uint16))
             count += len(ids) + 1

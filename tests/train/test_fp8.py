@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import kept_activations
 from deepseek_jax import Batch, DeepSeekV3, preset, sharding
 from deepseek_jax.config import Precision
 from deepseek_jax.model.transformer import init_params, init_router_bias
@@ -106,3 +107,22 @@ def test_what_is_in_fp8_and_what_is_not():
     cosines = jax.tree.map(alike, plain, fp8)
     assert min(jax.tree.leaves(cosines)) > 0.97
     assert cosines["head"] > 0.99
+
+
+def test_activations_kept_for_the_backward_pass_shrink():
+    """V3 section 3.3.3: inputs of products are kept in FP8, those of SwiGLU and not its output."""
+    config = preset("small")
+    c, seq_len = config, 128
+    plain, fp8 = (
+        kept_activations.per_layer(config, Precision(matmuls=m), "none", seq_len)
+        for m in kept_activations.FORMATS
+    )
+    for kind in kept_activations.KINDS:
+        assert plain[kind]["float8_e4m3fn"] == 0
+        assert fp8[kind].total() < 0.8 * plain[kind].total()
+    # A byte for every input of a product whose weight has a gradient: two projections take
+    # attention's, w1 and w3 the feed-forward network's. That of w2 is recomputed.
+    D, Q, R = c.hidden_size, c.q_lora_rank, c.kv_lora_rank
+    attention = 2 * D + Q + R + c.num_attention_heads * c.v_head_dim
+    assert fp8["dense"]["float8_e4m3fn"] == attention + 2 * D
+    assert fp8["MoE"]["float8_e4m3fn"] == attention + 2 * D + 2 * c.num_experts_per_tok * D
