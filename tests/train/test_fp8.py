@@ -44,9 +44,10 @@ def rows(seed):
     return Batch(tokens[:, :-1], tokens[:, 1:], ones.astype(np.float32), positions, ones)
 
 
-def losses(precision, mesh_text, steps):
-    model = DeepSeekV3(CONFIG, precision)
-    tx = optim.make_optimizer(optim.OptimConfig(peak_lr=3e-3, min_lr=1e-3, warmup_steps=2), steps)
+def losses(precision, mesh_text, steps, config=CONFIG, options=QUICK_COMPILE):
+    model = DeepSeekV3(config, precision)
+    rates = optim.OptimConfig(peak_lr=3e-3, min_lr=3e-4, final_lr=1e-4, warmup_steps=2)
+    tx = optim.make_optimizer(rates, steps)
 
     def loss_fn(params, bias, batch, totals, step):
         return pretrain_loss(model, params, bias, batch, totals, 0.0)
@@ -58,7 +59,7 @@ def losses(precision, mesh_text, steps):
         init = quick_jit(functools.partial(init_state, model, tx), out_shardings=where)
         state, history = init(jax.random.key(0)), []
         step = make_train_step(model, tx, loss_fn, lambda _: 0.001)
-        step = jax.jit(step, out_shardings=(where, None), compiler_options=QUICK_COMPILE)
+        step = jax.jit(step, out_shardings=(where, None), compiler_options=options)
         for seed in range(steps):
             batch = divide_batch(B, T, mesh).place([rows(seed)])
             state, metrics = step(state, batch, np.float32(np.inf))
@@ -66,12 +67,20 @@ def losses(precision, mesh_text, steps):
     return np.array(history)
 
 
-@pytest.mark.slow
 def test_fp8_learns_as_float32_does():
-    """The paper's bound is 0.25% after a long run; the last tenth of this short one is noisier."""
-    expected, got = losses(PLAIN, "data=1", 40), losses(FP8, "data=1", 40)
-    assert expected[-4:].mean() < 0.6 * expected[0]
-    assert got[-4:].mean() == pytest.approx(expected[-4:].mean(), rel=0.01)
+    """The same run in both: the last tenth of the losses agrees, here to 1%.
+
+    The paper's 0.25% is for averages over billions of tokens; `benchmarks/fp8_training.py` asks for
+    it after a hundred million. Here a step has 384 tokens and the two losses of one differ by 0.7%
+    (standard deviation, either sign), hence their means over ten steps by 0.2% and more: +0.18%,
+    -0.27%, -0.47% with three seeds. 1% is twice the largest of these.
+    """
+    config = CONFIG.replace(first_k_dense_replace=0)  # one kind of layer: half the time to compile
+    # A hundred steps are worth optimizing for.
+    options = {"xla_llvm_disable_expensive_passes": True}
+    expected, got = (losses(p, "data=1", 100, config, options) for p in (PLAIN, FP8))
+    assert expected[-10:].mean() < 0.4 * expected[0]
+    assert got[-10:].mean() == pytest.approx(expected[-10:].mean(), rel=0.01)
     assert not np.array_equal(got, expected)
 
 
