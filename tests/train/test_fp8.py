@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import kept_activations
 from deepseek_jax import Batch, DeepSeekV3, preset, sharding
 from deepseek_jax.config import Precision
 from deepseek_jax.model.transformer import init_params, init_router_bias
@@ -43,9 +44,10 @@ def rows(seed):
     return Batch(tokens[:, :-1], tokens[:, 1:], ones.astype(np.float32), positions, ones)
 
 
-def losses(precision, mesh_text, steps):
-    model = DeepSeekV3(CONFIG, precision)
-    tx = optim.make_optimizer(optim.OptimConfig(peak_lr=3e-3, min_lr=1e-3, warmup_steps=2), steps)
+def losses(precision, mesh_text, steps, config=CONFIG, options=QUICK_COMPILE):
+    model = DeepSeekV3(config, precision)
+    rates = optim.OptimConfig(peak_lr=3e-3, min_lr=3e-4, final_lr=1e-4, warmup_steps=2)
+    tx = optim.make_optimizer(rates, steps)
 
     def loss_fn(params, bias, batch, totals, step):
         return pretrain_loss(model, params, bias, batch, totals, 0.0)
@@ -57,7 +59,7 @@ def losses(precision, mesh_text, steps):
         init = quick_jit(functools.partial(init_state, model, tx), out_shardings=where)
         state, history = init(jax.random.key(0)), []
         step = make_train_step(model, tx, loss_fn, lambda _: 0.001)
-        step = jax.jit(step, out_shardings=(where, None), compiler_options=QUICK_COMPILE)
+        step = jax.jit(step, out_shardings=(where, None), compiler_options=options)
         for seed in range(steps):
             batch = divide_batch(B, T, mesh).place([rows(seed)])
             state, metrics = step(state, batch, np.float32(np.inf))
@@ -65,12 +67,20 @@ def losses(precision, mesh_text, steps):
     return np.array(history)
 
 
-@pytest.mark.slow
 def test_fp8_learns_as_float32_does():
-    """The paper's bound is 0.25% after a long run; the last tenth of this short one is noisier."""
-    expected, got = losses(PLAIN, "data=1", 40), losses(FP8, "data=1", 40)
-    assert expected[-4:].mean() < 0.6 * expected[0]
-    assert got[-4:].mean() == pytest.approx(expected[-4:].mean(), rel=0.01)
+    """The same run in both: the last tenth of the losses agrees, here to 1%.
+
+    The paper's 0.25% is for averages over billions of tokens; `benchmarks/fp8_training.py` asks for
+    it after a hundred million. Here a step has 384 tokens and the two losses of one differ by 1.2%
+    (standard deviation, either sign), hence the means of ten steps by 0.4% as it happens. Three
+    seeds gave +0.13%, +0.14% and +0.06%; with a dense layer in front +0.18%, -0.27% and -0.47%.
+    """
+    config = CONFIG.replace(first_k_dense_replace=0)  # one kind of layer: half the time to compile
+    # A hundred steps are worth optimizing for.
+    options = {"xla_llvm_disable_expensive_passes": True}
+    expected, got = (losses(p, "data=1", 100, config, options) for p in (PLAIN, FP8))
+    assert expected[-10:].mean() < 0.4 * expected[0]
+    assert got[-10:].mean() == pytest.approx(expected[-10:].mean(), rel=0.01)
     assert not np.array_equal(got, expected)
 
 
@@ -106,3 +116,22 @@ def test_what_is_in_fp8_and_what_is_not():
     cosines = jax.tree.map(alike, plain, fp8)
     assert min(jax.tree.leaves(cosines)) > 0.97
     assert cosines["head"] > 0.99
+
+
+def test_activations_kept_for_the_backward_pass_shrink():
+    """V3 section 3.3.3: inputs of products are kept in FP8, those of SwiGLU and not its output."""
+    config = preset("small")
+    c, seq_len = config, 128
+    plain, fp8 = (
+        kept_activations.per_layer(config, Precision(matmuls=m), "none", seq_len)
+        for m in kept_activations.FORMATS
+    )
+    for kind in kept_activations.KINDS:
+        assert plain[kind]["float8_e4m3fn"] == 0
+        assert fp8[kind].total() < 0.8 * plain[kind].total()
+    # A byte for every input of a product whose weight has a gradient: two projections take
+    # attention's, w1 and w3 the feed-forward network's. That of w2 is recomputed.
+    D, Q, R = c.hidden_size, c.q_lora_rank, c.kv_lora_rank
+    attention = 2 * D + Q + R + c.num_attention_heads * c.v_head_dim
+    assert fp8["dense"]["float8_e4m3fn"] == attention + 2 * D
+    assert fp8["MoE"]["float8_e4m3fn"] == attention + 2 * D + 2 * c.num_experts_per_tok * D
