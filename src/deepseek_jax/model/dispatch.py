@@ -165,11 +165,15 @@ class Exchange(NamedTuple):
 
 def plan_exchange(offsets_N: Int[Array, "N"], sizes_N: Int[Array, "N"]) -> Exchange:
     """Tell every device what it will get; slices arrive end to end, in the senders' order."""
-    sent = jnp.stack([offsets_N, sizes_N], axis=1)
-    back_offsets, recv_sizes = sharding.all_to_all(sent, "expert").T
-    recv_offsets = jnp.cumsum(recv_sizes) - recv_sizes
-    there = sharding.all_to_all(recv_offsets, "expert")
-    return Exchange(offsets_N, sizes_N, recv_offsets, recv_sizes, there, back_offsets)
+    own = jnp.stack([offsets_N, sizes_N], axis=1)
+    # Everybody hears everything: one collective, where every extra one is a wait for all.
+    offsets_NN, sizes_NN = jnp.moveaxis(sharding.all_gather(own[None], "expert", 0), 2, 0)
+    me = sharding.part_index("expert")
+    earlier_NN = jnp.cumsum(sizes_NN, axis=0) - sizes_NN  # [sender, receiver]
+    recv_sizes = sizes_NN[:, me]
+    return Exchange(
+        offsets_N, sizes_N, earlier_NN[:, me], recv_sizes, earlier_NN[me], offsets_NN[:, me]
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
