@@ -15,7 +15,8 @@ A weight may come quantized, as a checkpoint in FP8 has it: it is taken as it is
 
 What is kept for the backward pass is in FP8: x, quantized along M in the same pass over it as along
 K (the paper keeps the tiles along K and requantizes those; quantizing twice from BF16 rounds once),
-and the quantized weight. They carry the names ``fp8_input`` and ``fp8_weight`` for
+and the quantized weight. Only tokens that arrive in FP8 leave no choice: their tiles are kept, and
+turned round. They carry the names ``fp8_input`` and ``fp8_weight`` for
 `jax.checkpoint`'s policies. Weights in FP32 are quantized from FP32 and get an FP32 gradient.
 
 The down projection of a feed-forward network takes ``gate`` and ``up`` instead of x, so that
@@ -42,6 +43,7 @@ from pallas_kernels.quantize import (
     quantize_tiles,
     quantize_tiles_both,
     ragged_tiles,
+    requantize_tiles,
     swiglu_quantize_tiles,
     transpose_blocks,
 )
@@ -72,6 +74,7 @@ def fp8_grouped_linear(
     w_GKN: Float[Array, "G K N"] | Quantized,
     group_sizes_G: Int[Array, "G"],
     *,
+    quantized: Quantized | None = None,
     impl: Impl = "auto",
 ) -> Float[Array, "M N"]:
     """`grouped_matmul` with the forward product and both gradients in FP8.
@@ -81,13 +84,16 @@ def fp8_grouped_linear(
             gradient, which affects nothing.
         w_GKN: one matrix per group; or values with block scales.
         group_sizes_G: rows of each group, 0 allowed; the sum may be less than M.
+        quantized: ``x_MK`` in 1x128 tiles, where it is quantized already, as tokens are that were
+            sent in FP8. Then ``x_MK`` itself is not read; it says in which dtype the result and
+            its own gradient are. Scales should be powers of two (see `requantize_tiles`).
         impl: of the products; ``hopper`` needs bfloat16 activations, and, like ``tpu``, K and N
             that are multiples of 128. ``reference`` does G times the work.
 
     Returns:
         ``[M, N]`` in the dtype of ``x``.
     """
-    return _grouped(*backend.varying_alike(x_MK, w_GKN, group_sizes_G), impl)
+    return _grouped(*backend.varying_alike(x_MK, w_GKN, group_sizes_G, quantized), impl)
 
 
 def fp8_swiglu_linear(
@@ -164,30 +170,43 @@ def _linear_bwd(impl, residuals, dy_MN):
 _linear.defvjp(_linear_fwd, _linear_bwd)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _grouped(x_MK: jax.Array, w_GKN: jax.Array | Quantized, sizes_G: jax.Array, impl: Impl):
-    return _grouped_fwd(x_MK, w_GKN, sizes_G, impl)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _grouped(
+    x_MK: jax.Array,
+    w_GKN: jax.Array | Quantized,
+    sizes_G: jax.Array,
+    quantized: Quantized | None,
+    impl: Impl,
+):
+    return _grouped_fwd(x_MK, w_GKN, sizes_G, quantized, impl)[0]
 
 
-def _grouped_fwd(x_MK, w_GKN, sizes_G, impl):
-    tiles = ragged_tiles(sizes_G, x_MK.shape[0])
-    x, x_transposed = _quantized_input(x_MK, w_GKN, tiles, impl)
+def _grouped_fwd(x_MK, w_GKN, sizes_G, quantized, impl):
+    if quantized is None:
+        tiles = ragged_tiles(sizes_G, x_MK.shape[0])
+        x, x_transposed = _quantized_input(x_MK, w_GKN, tiles, impl)
+    else:
+        x, x_transposed = quantized, None
     w, w_transposed = _quantized_weight(w_GKN, impl)
     y_MN = fp8_grouped_matmul(x, w_transposed, sizes_G, out_dtype=x_MK.dtype, impl=impl)
     dtypes = _empty(x_MK), _empty(w_GKN)
-    kept = _named(x_transposed, "fp8_input"), _named(w, "fp8_weight")
+    # What came quantized is turned round in the backward pass: two products may have it in common.
+    rows = None if isinstance(w_GKN, Quantized) else quantized
+    kept = _named((rows, x_transposed), "fp8_input"), _named(w, "fp8_weight")
     return y_MN, (*kept, sizes_G, dtypes)
 
 
 def _grouped_bwd(impl, residuals, dy_MN):
-    x_transposed, w, sizes_G, (like_x, like_w) = residuals
+    (rows, x_transposed), w, sizes_G, (like_x, like_w) = residuals
     tiles = ragged_tiles(sizes_G, dy_MN.shape[0])
     dy = quantize_tiles_both(dy_MN, tiles, impl=_quantizer(impl))
     dx_MK = fp8_grouped_matmul(dy.by_row, w, sizes_G, out_dtype=like_x.dtype, impl=impl)
     if like_w is None:
-        return dx_MK, None, None
+        return dx_MK, None, None, None
+    if rows is not None:
+        x_transposed = requantize_tiles(rows, tiles, impl=_quantizer(impl))
     dw_GKN = fp8_grouped_wgrad(x_transposed, dy.by_column, tiles, out_dtype=like_w.dtype, impl=impl)
-    return dx_MK, dw_GKN, None
+    return dx_MK, dw_GKN, None, None
 
 
 _grouped.defvjp(_grouped_fwd, _grouped_bwd)

@@ -26,6 +26,7 @@ __all__ = [
     "quantize_tiles",
     "quantize_tiles_both",
     "ragged_tiles",
+    "requantize_tiles",
     "swiglu_quantize_tiles",
     "swiglu_quantize_tiles_both",
     "transpose_blocks",
@@ -140,6 +141,22 @@ def swiglu_quantize_tiles(
     # The other one is not computed: nothing uses it.
     both = _reference_both(reference.swiglu(gate_MN, up_MN), tiles, power_of_two)
     return both.by_row if by_row else both.by_column
+
+
+@functools.partial(jax.jit, static_argnames=("power_of_two", "impl"))
+def requantize_tiles(
+    q: Quantized, tiles: RaggedTiles, *, power_of_two: bool = True, impl: Impl = "auto"
+) -> Quantized:
+    """``by_column`` of `quantize_tiles_both`, from what is already quantized along the rows.
+
+    Activations are kept in FP8 and their tiles turned round for the weight gradient (V3 section
+    3.3.3). In between they are BF16, which E4M3 times a power of two fits in: where the scales are
+    such, nothing is rounded but the new values.
+    """
+    x_MK = reference.dequantize(q).astype(jnp.bfloat16)
+    if _pick((x_MK,), tiles, impl) == "hopper":
+        return _hopper((x_MK,), tiles, by_row=False, power_of_two=power_of_two)[0]
+    return reference.quantize_tiles_ragged(x_MK, tiles, power_of_two=power_of_two)
 
 
 def _reference_both(x_MN, tiles: RaggedTiles | None, power_of_two: bool) -> BothWays:
