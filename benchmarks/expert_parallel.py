@@ -42,13 +42,13 @@ from deepseek_jax.model.experts import ExpertWeights, sorted_pairs, to_pairs
 from deepseek_jax.model.moe import route
 
 ALL, NONE = PartitionSpec("expert"), PartitionSpec()
-# How XLA carries a ragged all-to-all within a host. Its own kernel wants either NCCL's symmetric
-# memory, into which it copies, or plain peer access.
-PEER = {"xla_gpu_experimental_ragged_all_to_all_use_barrier_with_nccl": False}
-NCCL = PEER | {
-    "xla_gpu_unsupported_use_ragged_all_to_all_one_shot_kernel": False,
+# How XLA carries a ragged all-to-all within a host: its own kernel with plain peer access (rather
+# than in NCCL's symmetric memory, into which it would copy), or NCCL's messages.
+PEER = {
+    "xla_gpu_experimental_ragged_all_to_all_use_barrier_with_nccl": False,
     "xla_gpu_allow_ragged_all_to_all_nccl_send_recv_fallback": True,
 }
+NCCL = PEER | {"xla_gpu_unsupported_use_ragged_all_to_all_one_shot_kernel": False}
 
 
 class Program(NamedTuple):
@@ -168,14 +168,6 @@ def transfers(mesh: Mesh, config: ModelConfig, tokens: int, place: "Place") -> l
             "dispatch BF16, XLA's kernel, 512 pieces", dispatch, (rows, ex), ALL, PEER, 512, **bf16
         ),
         Program("dispatch BF16, XLA's kernel, 1 piece", dispatch, (rows, ex), ALL, PEER, 1, **bf16),
-        Program(
-            "dispatch BF16, XLA's kernel in symmetric memory, 256 pieces",
-            dispatch,
-            (rows, ex),
-            ALL,
-            {},
-            **bf16,
-        ),
     ]
     equal = int(counts.sum() / N / N) * N  # rows of one device, in equal messages
     block = place.zeros((N * equal, D), jnp.bfloat16, ALL)
@@ -222,7 +214,7 @@ def layers(mesh: Mesh, config: ModelConfig, tokens: int, place: "Place") -> list
     own_experts, own_gates = routed(one_device, tokens, 2)
     first = Mesh(mesh.devices.reshape(-1)[:1].reshape((1,) * mesh.devices.ndim), mesh.axis_names)
 
-    def random(shape, scale, spec, mesh, seed):
+    def random(shape, scale, spec, mesh, seed) -> Any:
         where = NamedSharding(mesh, spec)
         if place.abstract:
             return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=where)
@@ -297,7 +289,7 @@ def layers(mesh: Mesh, config: ModelConfig, tokens: int, place: "Place") -> list
 def seconds_per_call(call: Callable[..., Any], arguments: tuple[Any, ...]) -> float:
     """Of the steady state, the median of some repeats."""
     jax.block_until_ready(call(*arguments))
-    repeats = []
+    repeats, out = [], None
     start = time.perf_counter()
     jax.block_until_ready(call(*arguments))
     calls = max(2, min(20, int(0.03 / (time.perf_counter() - start))))
@@ -306,7 +298,6 @@ def seconds_per_call(call: Callable[..., Any], arguments: tuple[Any, ...]) -> fl
         for _ in range(calls):
             out = call(*arguments)
         jax.block_until_ready(out)
-        del out
         repeats.append((time.perf_counter() - start) / calls)
     return float(np.median(repeats))
 
@@ -336,7 +327,7 @@ def report(program: Program, seconds: float, compiled: Any, extra: str) -> None:
 def run_all(programs: list[Program], mesh: Mesh, until: float) -> None:
     """Compile in parallel, then time one after another, in the order given."""
     pool = concurrent.futures.ThreadPoolExecutor(16)
-    options = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+    options: dict[str, Any] = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
     compiling, start = [], time.perf_counter()
     for program in programs:
         try:

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from benchmarks.expert_parallel import NCCL, PEER
 from benchmarks.timing import deadline
 from deepseek_jax import Batch, DeepSeekV3, ModelConfig, preset, sharding
 from deepseek_jax.config import Precision
@@ -38,12 +39,7 @@ from deepseek_jax.train.losses import pretrain_loss
 from deepseek_jax.train.step import init_state, make_train_step, state_shardings
 from deepseek_jax.types import TrainState
 
-QUICK = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
-PEER = {"xla_gpu_experimental_ragged_all_to_all_use_barrier_with_nccl": False}
-NCCL = PEER | {
-    "xla_gpu_unsupported_use_ragged_all_to_all_one_shot_kernel": False,
-    "xla_gpu_allow_ragged_all_to_all_nccl_send_recv_fallback": True,
-}
+QUICK: dict[str, Any] = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 HIDDEN = {"xla_gpu_enable_latency_hiding_scheduler": True}
 LIMIT = np.float32(np.inf)
 CHECKED_STEPS = 3
@@ -63,7 +59,7 @@ class Variant(NamedTuple):
     pieces: int = 256
     note: str = ""
 
-    def count(self) -> int:
+    def gpus(self) -> int:
         """GPUs that take part."""
         return self.devices or jax.device_count()
 
@@ -110,7 +106,7 @@ def slice_of(variant: Variant) -> ModelConfig:
     """Layers, experts and vocabulary that one GPU holds beside its optimizer's state."""
     if variant.slice == "v2_lite":
         return preset("v2_lite").replace(num_hidden_layers=4)
-    experts = 16 * (variant.count() if variant.slice == "v3" else 1)
+    experts = 16 * (variant.gpus() if variant.slice == "v3" else 1)
     return preset("v3").replace(
         num_hidden_layers=3,
         first_k_dense_replace=1,
@@ -127,7 +123,7 @@ class Setup:
 
     def __init__(self, variant: Variant, rows: int, seq: int, remat: Any, devices: list[Any]):
         self.variant, self.config = variant, slice_of(variant)
-        self.rows, self.seq, self.gpus = rows, seq, variant.count()
+        self.rows, self.seq, self.gpus = rows, seq, variant.gpus()
         self.mesh = sharding.make_mesh(variant.mesh, devices[: self.gpus])
         sharding.GPU_PIECES = variant.pieces
         precision = Precision(matmuls=variant.matmuls)
@@ -161,7 +157,7 @@ class Setup:
         """Both programs."""
         start = time.perf_counter()
         self.init = self.lowered_init.compile()
-        options = QUICK | self.variant.options
+        options: dict[str, Any] = QUICK | self.variant.options
         self.step = self.lowered_step.compile(compiler_options=options)
         self.compile_s = time.perf_counter() - start
         return self

@@ -355,7 +355,7 @@ def to_neighbour(x: jax.Array, logical: str) -> jax.Array:
 # Into how many pieces a message is cut on GPU. XLA's kernel for the devices of one host gives each
 # piece of a message one block of 128 threads, up to 64 blocks to a cluster: sent whole, a message
 # has one block, which fills a fiftieth of NVLink.
-GPU_PIECES = 256
+GPU_PIECES: int = 256
 # More receivers than that kernel has room for: NCCL sends instead, one call for every piece.
 _GPU_KERNEL_RECEIVERS = 8
 

@@ -1,6 +1,7 @@
 """The routed experts of one device: gather the chosen tokens, grouped SwiGLU, sum back."""
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -162,7 +163,7 @@ def _experts(
 ) -> jax.Array:
     """Of every pair, gate * FFN(x) by its own expert."""
     if fp8 is None:
-        times = functools.partial(grouped_matmul, group_sizes_G=sizes_G)
+        times: Callable[..., jax.Array] = functools.partial(grouped_matmul, group_sizes_G=sizes_G)
     else:
         rows = Quantized(fp8.values_TD, fp8.scales_Tk.T)
         times = functools.partial(fp8_grouped_linear, group_sizes_G=sizes_G, quantized=rows)
