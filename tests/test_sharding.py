@@ -1,6 +1,8 @@
 """Meshes by name, and the table of axes."""
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P

@@ -320,6 +320,13 @@ def test_blocks_both_ways_in_one_pass(power_of_two, dtype, interpret):
         np.testing.assert_array_equal(values, expected)
 
 
+def test_swiglu_has_a_gradient_where_its_exponential_overflows():
+    gate, up = jnp.array([[-1e4, -100.0, 0.0, 1e4]]), jnp.ones((1, 4))
+    dgate, dup = jax.grad(lambda *x: reference.swiglu(*x).sum(), argnums=(0, 1))(gate, up)
+    np.testing.assert_allclose(dgate, [[0, 0, 0.5, 1]], atol=1e-6)
+    np.testing.assert_allclose(dup, [[0, 0, 0, 1e4]], atol=1e-6)
+
+
 def test_swiglu_is_that_of_jax():
     gate, up = random_matrix(130, 140), random_matrix(130, 140, 1)
     got = quantize.swiglu_quantize_tiles_both(gate, up)
