@@ -150,9 +150,11 @@ def quantize_tiles_ragged(
 def swiglu(gate: Float[Array, "M K"], up: Float[Array, "M K"]) -> Float[Array, "M K"]:
     """``silu(gate) * up`` in FP32, in the dtype of ``gate``."""
     gate_fp32 = gate.astype(jnp.float32)
-    # At most e^80: an exponential that overflows makes the derivative NaN.
-    exp = jnp.exp(jnp.minimum(-gate_fp32, 80.0))
-    return (gate_fp32 / (1.0 + exp) * up.astype(jnp.float32)).astype(gate.dtype)
+    # Where the exponential overflows, silu is 0, and so must its derivative be (autodiff's is NaN).
+    overflows = gate_fp32 < -88.0
+    exp = jnp.exp(-jnp.where(overflows, 0.0, gate_fp32))
+    silu = jnp.where(overflows, 0.0, gate_fp32 / (1.0 + exp))
+    return (silu * up.astype(jnp.float32)).astype(gate.dtype)
 
 
 def quantize_blocks(w_RK: Float[Array, "*G R K"], *, power_of_two: bool = False) -> Quantized:
