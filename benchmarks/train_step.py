@@ -98,7 +98,8 @@ class Run:
         self.batch = divide_batch(*shape, mesh).place([parts])
         step = make_train_step(model, tx, loss_fn, lambda step: 0.001)
         limit = np.float32(np.inf)
-        self.step = jit_step(step, self.state).lower(self.state, self.batch, limit).compile()
+        jitted: Any = jit_step(step, self.state)
+        self.step = jitted.lower(self.state, self.batch, limit).compile()
         self.compile_s = time.perf_counter() - start
         self.losses = [self()]
 

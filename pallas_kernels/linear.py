@@ -15,7 +15,8 @@ A weight may come quantized, as a checkpoint in FP8 has it: it is taken as it is
 
 What is kept for the backward pass is in FP8: x, quantized along M in the same pass over it as along
 K (the paper keeps the tiles along K and requantizes those; quantizing twice from BF16 rounds once),
-and the quantized weight. They carry the names ``fp8_input`` and ``fp8_weight`` for
+and the quantized weight. Only tokens that arrive in FP8 leave no choice: their tiles are kept, and
+turned round. They carry the names ``fp8_input`` and ``fp8_weight`` for
 `jax.checkpoint`'s policies. Weights in FP32 are quantized from FP32 and get an FP32 gradient.
 
 Weights that multiply one x may be given together, as those of ``gate`` and ``up`` in a feed-forward
@@ -46,6 +47,7 @@ from pallas_kernels.quantize import (
     quantize_tiles,
     quantize_tiles_both,
     ragged_tiles,
+    requantize_tiles,
     swiglu_quantize_tiles,
     transpose_blocks,
 )
@@ -83,6 +85,7 @@ def fp8_grouped_linear(
     w_GKN: Float[Array, "G K _"] | Quantized | tuple[Float[Array, "G K _"] | Quantized, ...],
     group_sizes_G: Int[Array, "G"],
     *,
+    quantized: Quantized | None = None,
     impl: Impl = "auto",
 ) -> Float[Array, "M N"]:
     """`grouped_matmul` with the forward product and both gradients in FP8.
@@ -92,6 +95,9 @@ def fp8_grouped_linear(
             gradient, which affects nothing.
         w_GKN: one matrix per group; or values with block scales; or several, as in `fp8_linear`.
         group_sizes_G: rows of each group, 0 allowed; the sum may be less than M.
+        quantized: ``x_MK`` in 1x128 tiles, where it is quantized already, as tokens are that were
+            sent in FP8. Then ``x_MK`` itself is not read; it says in which dtype the result and
+            its own gradient are. Scales should be powers of two (see `requantize_tiles`).
         impl: of the products; ``hopper`` needs bfloat16 activations, and, like ``tpu``, K and N
             that are multiples of 128. ``reference`` does G times the work.
 
@@ -99,9 +105,9 @@ def fp8_grouped_linear(
         ``[M, N]`` in the dtype of ``x``.
     """
     if _one_by_one(w_GKN):
-        each = [fp8_grouped_linear(x_MK, w, group_sizes_G, impl=impl) for w in w_GKN]
-        return jnp.concatenate(each, axis=1)
-    return _grouped(*backend.varying_alike(x_MK, w_GKN, group_sizes_G), impl)
+        layer = functools.partial(fp8_grouped_linear, quantized=quantized, impl=impl)
+        return jnp.concatenate([layer(x_MK, w, group_sizes_G) for w in w_GKN], axis=1)
+    return _grouped(*backend.varying_alike(x_MK, w_GKN, group_sizes_G, quantized), impl)
 
 
 def fp8_swiglu_linear(
@@ -206,27 +212,36 @@ def _linear_bwd(impl, residuals, dy_MN):
 _linear.defvjp(_linear_fwd, _linear_bwd)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _grouped(x_MK: jax.Array, w_GKN: Weights, sizes_G: jax.Array, impl: Impl):
-    return _grouped_fwd(x_MK, w_GKN, sizes_G, impl)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _grouped(
+    x_MK: jax.Array, w_GKN: Weights, sizes_G: jax.Array, quantized: Quantized | None, impl: Impl
+):
+    return _grouped_fwd(x_MK, w_GKN, sizes_G, quantized, impl)[0]
 
 
-def _grouped_fwd(x_MK, w_GKN, sizes_G, impl):
-    tiles = ragged_tiles(sizes_G, x_MK.shape[0])
-    x, x_transposed = _quantized_input(x_MK, w_GKN, tiles, impl)
+def _grouped_fwd(x_MK, w_GKN, sizes_G, quantized, impl):
+    if quantized is None:
+        tiles = ragged_tiles(sizes_G, x_MK.shape[0])
+        x, x_transposed = _quantized_input(x_MK, w_GKN, tiles, impl)
+    else:
+        x, x_transposed = quantized, None
     w, w_transposed = _quantized_weight(w_GKN, impl)
     y_MN = fp8_grouped_matmul(x, w_transposed, sizes_G, out_dtype=x_MK.dtype, impl=impl)
-    like = x_MK[:0], _like(w_GKN)
-    return y_MN, (_named(x_transposed, "fp8_input"), _named(w, "fp8_weight"), sizes_G, like)
+    # What came quantized is turned round in the backward pass: kept, it is what others may keep.
+    rows = None if isinstance(w_GKN, Quantized) else quantized
+    kept = _named((rows, x_transposed), "fp8_input"), _named(w, "fp8_weight")
+    return y_MN, (*kept, sizes_G, (x_MK[:0], _like(w_GKN)))
 
 
 def _grouped_bwd(impl, residuals, dy_MN):
-    x_transposed, w, sizes_G, (like_x, like_w) = residuals
+    (rows, x_transposed), w, sizes_G, (like_x, like_w) = residuals
     tiles = ragged_tiles(sizes_G, dy_MN.shape[0])
     dy = quantize_tiles_both(dy_MN, tiles, impl=_quantizer(impl))
     dx_MK = fp8_grouped_matmul(dy.by_row, w, sizes_G, out_dtype=like_x.dtype, impl=impl)
+    if rows is not None:
+        x_transposed = requantize_tiles(rows, tiles, impl=_quantizer(impl))
     wgrad = functools.partial(fp8_grouped_wgrad, x_transposed, tiles=tiles, impl=impl)
-    return dx_MK, _wgrads(wgrad, dy.by_column, like_w), None
+    return dx_MK, _wgrads(wgrad, dy.by_column, like_w), None, None
 
 
 _grouped.defvjp(_grouped_fwd, _grouped_bwd)

@@ -6,7 +6,7 @@ input.
 """
 
 import functools
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ __all__ = [
     "quantize_tiles",
     "quantize_tiles_both",
     "ragged_tiles",
+    "requantize_tiles",
     "swiglu_quantize_tiles",
     "swiglu_quantize_tiles_both",
     "transpose_blocks",
@@ -150,6 +151,23 @@ def swiglu_quantize_tiles(
     return both.by_row if by_row else both.by_column
 
 
+@functools.partial(jax.jit, static_argnames=("power_of_two", "impl"))
+def requantize_tiles(
+    q: Quantized, tiles: RaggedTiles, *, power_of_two: bool = True, impl: Impl = "auto"
+) -> Quantized:
+    """``by_column`` of `quantize_tiles_both`, from what is already quantized along the rows.
+
+    Activations are kept in FP8 and their tiles turned round for the weight gradient (V3 section
+    3.3.3). In between they are BF16, which E4M3 times a power of two fits in: where the scales are
+    such, nothing is rounded but the new values.
+    """
+    x_MK = reference.dequantize(q).astype(jnp.bfloat16)  # not computed where the kernel is taken
+    if _pick(x_MK, tiles, impl) == "hopper":
+        options = dict(scale_kM=q.scale, by_row=False, power_of_two=power_of_two)
+        return _hopper(q.values, tiles, **options)[0]
+    return reference.quantize_tiles_ragged(x_MK, tiles, power_of_two=power_of_two)
+
+
 def _reference_both(x_MN, tiles: RaggedTiles | None, power_of_two: bool) -> BothWays:
     by_row = reference.quantize_tiles(x_MN, power_of_two=power_of_two)
     if tiles is None:
@@ -158,12 +176,14 @@ def _reference_both(x_MN, tiles: RaggedTiles | None, power_of_two: bool) -> Both
     return BothWays(by_row, by_column)
 
 
-def _fits(x: jax.Array, tiles: RaggedTiles | None, *, halves: bool = False) -> bool:
+def _fits(
+    x: jax.Array, tiles: RaggedTiles | None, *, halves: bool = False, dtype: Any = jnp.bfloat16
+) -> bool:
     """Whether the kernel for both axes takes a matrix, or each half of it."""
     rows, columns = x.shape
     whole = rows % TILE == 0 if tiles is None else rows % 8 == 0
     of_tiles = columns % (2 * TILE if halves else TILE) == 0 < columns
-    return x.dtype == jnp.bfloat16 and whole and rows >= TILE and of_tiles
+    return x.dtype == dtype and whole and rows >= TILE and of_tiles
 
 
 def _both_on_hopper() -> bool:
@@ -187,7 +207,8 @@ def _pick(x: jax.Array, tiles: RaggedTiles | None, impl: Impl, *, halves: bool =
 def _hopper(x, tiles: RaggedTiles | None, *, swiglu: bool = False, **options):
     from pallas_kernels.hopper import quantize_both
 
-    if not _fits(x, tiles, halves=swiglu):
+    dtype = reference.E4M3 if "scale_kM" in options else jnp.bfloat16
+    if not _fits(x, tiles, halves=swiglu, dtype=dtype):
         raise ValueError(f"no kernel to quantize {x.dtype}{x.shape} along its first axis")
     if tiles is None:
         rows = x.shape[0]

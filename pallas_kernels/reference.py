@@ -155,7 +155,10 @@ def swiglu(
     ``gate`` and ``up`` are the left and the right half.
     """
     gate, up = jnp.split(gate_up_MF.astype(jnp.float32), 2, axis=1)
-    out = gate / (1.0 + jnp.exp(-gate)) * up
+    # Where the exponential overflows, silu is 0, and so must its derivative be (autodiff's is NaN).
+    overflows = gate < -88.0
+    exp = jnp.exp(-jnp.where(overflows, 0.0, gate))
+    out = jnp.where(overflows, 0.0, gate / (1.0 + exp)) * up
     if factors_M is not None:
         out *= factors_M.astype(jnp.float32)[:, None]
     return out.astype(gate_up_MF.dtype)

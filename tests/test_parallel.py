@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from deepseek_jax import Batch, DeepSeekV3, UserError, sharding
 from deepseek_jax.config import FLOAT32, Precision
@@ -294,6 +295,113 @@ def test_bfloat16_combines_as_one_device_does():
         assert got.dtype == jnp.bfloat16
         scale = float(jnp.abs(expected).max())
         np.testing.assert_allclose(got.astype(np.float32), expected, atol=2**-7 * scale)
+
+
+# --- tokens in FP8 ---------------------------------------------------------------------------
+
+
+def fp8_layer(parallel, mesh_text="expert=4", skew="even", matmuls="fp8"):
+    """A function of (x, gates, weights) -> the layer's output; and arguments for it."""
+    width, inner, tokens = 256, 128, 32
+    rng = np.random.default_rng(3)
+    # Rows of very different size, which a scale a tile must meet.
+    x = rng.standard_normal((tokens, width)) * 10.0 ** rng.integers(-3, 2, (tokens, 1))
+    shapes = (E, width, inner), (E, width, inner), (E, inner, width)
+    weights = (jnp.asarray(rng.standard_normal(s) / 12, jnp.float32) for s in shapes)
+    gates = jnp.asarray(rng.random((tokens, K)), jnp.float32)
+    args = jnp.asarray(x, jnp.bfloat16), gates, ExpertWeights(*weights)
+    experts = jnp.asarray(routing(skew, tokens), jnp.int32)
+    precision = Precision(matmuls=matmuls)
+    if parallel is None:
+        return args, lambda x, gates, weights: local_experts(
+            x, experts, gates, weights, precision
+        ).astype(jnp.bfloat16)
+    rows, own = sharding.spec("batch", None), sharding.spec("expert")
+
+    def layer(x, gates, weights):
+        return sharding.per_device(
+            lambda x, experts, gates, weights: routed_experts(
+                [Chosen(x, experts, gates)], weights, precision, parallel
+            )[0],
+            in_specs=(rows, rows, rows, ExpertWeights(own, own, own)),
+            out_specs=rows,
+        )(x, experts, gates, weights)
+
+    return args, layer
+
+
+def with_gradients(layer, args):
+    def run(args):
+        y, pullback = jax.vjp(layer, *args)
+        # As a loss has it: of another size for every row.
+        return y, pullback(jnp.cos(jnp.arange(y.size)).reshape(y.shape).astype(y.dtype))
+
+    return quick_jit(run)(args)
+
+
+def relative(got, want):
+    got, want = (np.asarray(a, np.float32) for a in (got, want))
+    return np.linalg.norm(got - want) / np.linalg.norm(want)
+
+
+def four_devices():
+    return sharding.make_mesh("expert=4", jax.devices()[:4])
+
+
+@pytest.mark.parametrize("skew", ["even", "one device"])
+def test_fp8_dispatchers_agree_with_one_device(skew):
+    args, alone = fp8_layer(None, skew=skew)
+    expected = with_gradients(alone, args)
+    for parallel in (ExpertParallel("ragged", 100.0), RAGGED, RING):
+        _, layer = fp8_layer(parallel, skew=skew)
+        with jax.set_mesh(four_devices()):
+            got = with_gradients(layer, args)
+        assert got[1][0].dtype == jnp.bfloat16
+        # Values and scales arrive as they left. In one round only sums are rounded otherwise;
+        # several rounds, like the ring, give the weight gradient other tiles along the rows.
+        bound = 4e-3 if parallel.receive_factor == 100 else 4e-2
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+            assert relative(a, b) < bound
+
+
+def test_fp8_tokens_are_close_to_bfloat16_ones():
+    """Also their gradients: straight through the rounding."""
+    args, in_bf16 = fp8_layer(None, matmuls="compute")
+    expected = with_gradients(in_bf16, args)
+    _, layer = fp8_layer(ExpertParallel("ragged", 100.0))
+    with jax.set_mesh(four_devices()):
+        got = with_gradients(layer, args)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert 1e-3 < relative(a, b) < 0.1  # E4M3 rounds by 2^-4 at most, 2.6% RMS
+
+
+def sent_by(layer, args, width):
+    """How many of the widest arrays each collective of a program has, by dtype."""
+    counts: dict[str, int] = {}
+
+    def visit(jaxpr):
+        for eqn in jaxpr.eqns:
+            # On CPU ragged messages are gathered.
+            if eqn.primitive.name in ("ppermute", "all_gather"):
+                for v in eqn.invars:
+                    if v.aval.ndim == 2 and v.aval.shape[1] == width:
+                        counts[str(v.aval.dtype)] = counts.get(str(v.aval.dtype), 0) + 1
+            for inner in jaxprs_in_params(eqn.params):
+                visit(inner)
+
+    visit(jax.make_jaxpr(layer)(*args).jaxpr)
+    return counts
+
+
+def test_tokens_leave_in_fp8_and_come_back_in_bfloat16():
+    args, layer = fp8_layer(ExpertParallel("ragged", 100.0))
+    with jax.set_mesh(four_devices()):
+        assert sent_by(layer, args, 256) == {"float8_e4m3fn": 1, "bfloat16": 1}
+        # Backward: the gradients of what came back go out, and those of the tokens come home.
+        both = sent_by(lambda *a: jax.vjp(layer, *a)[1](jnp.ones_like(a[0])), args, 256)
+        assert both == {"float8_e4m3fn": 1, "bfloat16": 3}
+        _, ring = fp8_layer(RING)
+        assert sent_by(ring, args, 256) == {"float8_e4m3fn": 1, "float32": 1}
 
 
 def test_a_buffer_too_small_for_balance_is_refused():

@@ -1,6 +1,8 @@
 """Meshes by name, and the table of axes."""
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
@@ -66,3 +68,18 @@ def test_an_axis_that_only_stores_is_left_out_where_it_does_not_divide():
         "context", ("tensor", "expert")
     )
     assert sharding.param_spec(mesh, ("embed", "mlp"), (25, 41)) == P(("fsdp", "context"), "tensor")
+
+
+def test_a_message_in_pieces_is_the_message():
+    """Both ends cut alike, nothing is left out, and an empty piece stays within the message."""
+    sizes = jnp.array([10, 0, 3, 7], jnp.int32)
+    offsets, there = jnp.array([0, 10, 10, 13]), jnp.array([5, 2, 0, 40])
+    cut = sharding.in_pieces(offsets, sizes, there, sizes[::-1], 4)
+    starts, lengths, puts, received = (np.asarray(a).reshape(4, 4) for a in cut)
+    np.testing.assert_array_equal(received, lengths[::-1])
+    np.testing.assert_array_equal(lengths.max(1), [3, 0, 1, 2])
+    for i in range(4):
+        rows = [r for s, n in zip(starts[i], lengths[i], strict=True) for r in range(s, s + n)]
+        assert rows == list(range(int(offsets[i]), int(offsets[i] + sizes[i])))
+        np.testing.assert_array_equal(puts[i] - starts[i], there[i] - offsets[i])
+        assert (starts[i] + lengths[i] <= offsets[i] + sizes[i]).all()

@@ -16,6 +16,7 @@ an FP32 weight.
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +43,7 @@ def quantize_both(
     *,
     swiglu: bool = False,
     factors_M: Float[Array, "M"] | None = None,
+    scale_kM: Float[Array, "k M"] | None = None,
     by_row: bool = True,
     by_column: bool = True,
     power_of_two: bool = False,
@@ -50,10 +52,12 @@ def quantize_both(
     """Quantize in 1x128 tiles along the last axis, and transposed along the first, in one pass.
 
     Args:
-        x_MK: A bfloat16 matrix; with ``swiglu``, ``gate`` and ``up`` side by side.
+        x_MK: A bfloat16 matrix; with ``swiglu``, ``gate`` and ``up`` side by side; with
+            ``scale_kM``, values in E4M3.
         tiles: Which rows the tiles along the first axis take.
         swiglu: Quantize `reference.swiglu` of the two halves.
         factors_M: Of SwiGLU's rows.
+        scale_kM: Of the tiles of what is quantized along the last axis already.
         by_row: Whether to make the first result; rows of no tile are not written.
         by_column: Whether to make the second; tiles past the last are not written.
         power_of_two: Round scales up to powers of two.
@@ -82,7 +86,8 @@ def quantize_both(
         block=plgpu.SMEM((TILE, TILE), jnp.bfloat16, transforms=_SIXTEEN_BITS),
         transposed=plgpu.SMEM((TILE, TILE), E4M3, transforms=_EIGHT_BITS),
     )
-    inputs = (x_MK,) if factors_M is None else (x_MK, factors_M.astype(jnp.float32))
+    factors = scale_kM if factors_M is None else factors_M.astype(jnp.float32)[None]
+    inputs = (x_MK,) if factors is None else (x_MK, factors)
     kernel = compat.kernel(
         functools.partial(
             _body,
@@ -116,7 +121,8 @@ def _body(count, first, low, high, *refs, inputs, swiglu, by_row, by_column, pow
         whole = pl.ds(first_row, TILE)
         if factors:
             # Once for all threads: read as the rows are spread, every thread would read them.
-            scratch["factors"][...] = compat.load(factors[0].at[whole], _ONE_EACH)
+            row = 0 if swiglu else k_tile
+            scratch["factors"][...] = compat.load(factors[0].at[row, whole], _ONE_EACH)
             plgpu.commit_smem()
         some = _ROWS // 2 if swiglu else _ROWS  # two inputs take twice the registers
         for part in range(TILE // some):
@@ -124,13 +130,16 @@ def _body(count, first, low, high, *refs, inputs, swiglu, by_row, by_column, pow
             rows = pl.ds(first_row + part * some, some)
             layout = tile_layout(2)
             h = compat.load(x.at[rows, columns], layout)
+            own_factors: Any = None
+            if factors:
+                own_factors = compat.load(scratch["factors"].at[within], layout.reduce(1))
             if swiglu:
                 right = pl.ds(x.shape[1] // 2 + k_tile * TILE, TILE)
                 up = compat.load(x.at[rows, right], layout)
-                own_factors = None
-                if factors:
-                    own_factors = compat.load(scratch["factors"].at[within], layout.reduce(1))
                 h = _swiglu(h, up, own_factors)
+            elif factors:
+                h = h.astype(jnp.float16).astype(jnp.float32)
+                h = (h * lax.broadcast_in_dim(own_factors, h.shape, (0,))).astype(jnp.bfloat16)
             if by_column:
                 row = plgpu.broadcasted_iota(jnp.int32, h.shape, 0, layout=layout) + part * some
                 inside = (row >= own[0]) & (row < own[1])

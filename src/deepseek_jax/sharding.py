@@ -352,9 +352,12 @@ def to_neighbour(x: jax.Array, logical: str) -> jax.Array:
     return jax.lax.ppermute(x, axis, [(i, (i + 1) % count) for i in range(count)])
 
 
-def all_to_all(x: jax.Array, logical: str) -> jax.Array:
-    """Row i of ``x`` goes to part i; row i of the result came from part i."""
-    return jax.lax.all_to_all(x, mesh_axes(logical), 0, 0, tiled=True)
+# Into how many pieces a message is cut on GPU. XLA's kernel for the devices of one host gives each
+# piece of a message one block of 128 threads, up to 64 blocks to a cluster: sent whole, a message
+# has one block, which fills a fiftieth of NVLink.
+GPU_PIECES: int = 256
+# More receivers than that kernel has room for: NCCL sends instead, one call for every piece.
+_GPU_KERNEL_RECEIVERS = 8
 
 
 def ragged_all_to_all(
@@ -373,9 +376,10 @@ def ragged_all_to_all(
     (axis,) = mesh_axes(logical)
     if platform() != "cpu":
         buffer = jnp.zeros((size, *rows.shape[1:]), rows.dtype)
-        return jax.lax.ragged_all_to_all(
-            rows, buffer, send_offsets, send_sizes, there_offsets, recv_sizes, axis_name=axis
-        )
+        messages = send_offsets, send_sizes, there_offsets, recv_sizes
+        if platform() in ("gpu", "cuda") and parts(logical) <= _GPU_KERNEL_RECEIVERS:
+            messages = in_pieces(*messages, GPU_PIECES)
+        return jax.lax.ragged_all_to_all(rows, buffer, *messages, axis_name=axis)
     every = jax.lax.all_gather(rows, axis)
     column = jax.lax.axis_index(axis)
     first, count, put = (
@@ -386,6 +390,35 @@ def ragged_all_to_all(
     sender = jnp.argmax(mine, axis=1)
     picked = every[sender, first[sender] + at - put[sender]]
     return jnp.where(mine.any(1)[:, None], picked, 0)
+
+
+def in_pieces(
+    send_offsets: jax.Array,
+    send_sizes: jax.Array,
+    there_offsets: jax.Array,
+    recv_sizes: jax.Array,
+    pieces: int,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Every message as ``pieces`` of equal size; the last ones may be shorter, or empty.
+
+    Sender and receiver cut alike, since they agree on the size. The pieces of one message follow
+    one another, as ``jax.lax.ragged_all_to_all`` wants them.
+    """
+
+    def cut(sizes: jax.Array) -> tuple[jax.Array, jax.Array]:
+        each = -(-sizes // pieces)[:, None]
+        starts = jnp.arange(pieces, dtype=sizes.dtype) * each
+        return starts, jnp.clip(sizes[:, None] - starts, 0, each)
+
+    starts, sizes = cut(send_sizes)
+    # An empty piece starts where the message ends, within the buffers.
+    starts = jnp.minimum(starts, send_sizes[:, None])
+    return (
+        (send_offsets[:, None] + starts).reshape(-1),
+        sizes.reshape(-1),
+        (there_offsets[:, None] + starts).reshape(-1),
+        cut(recv_sizes)[1].reshape(-1),
+    )
 
 
 def platform() -> str:

@@ -299,6 +299,23 @@ def test_both_axes_in_groups(of, sizes, interpret):
         compare(of_tiles(by_column), of_tiles(want.by_column))
 
 
+@simulated_and_real
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_what_is_in_fp8_is_turned_round(sizes, interpret):
+    m = 264
+    x = random_matrix(m, 256).at[sum(sizes) :].set(jnp.nan).astype(jnp.bfloat16)
+    tiles = tiles_of(sizes, m)
+    q = quantize.quantize_tiles(x, power_of_two=True)
+    options = dict(scale_kM=q.scale, by_row=False, power_of_two=True, interpret=interpret)
+    (got,) = hopper_both.quantize_both(q.values, tiles, **options)
+    want = quantize.requantize_tiles(q, tiles, impl="reference")
+    used = 128 * int(tiles.count[0])
+    got, want = (Quantized(a.values[:, :used], a.scale[: used // 128]) for a in (got, want))
+    if used:  # powers of two all the way
+        assert_nearly_equal(got, want, exact=True)
+        np.testing.assert_array_equal(*(np.asarray(a.values, np.float32) for a in (got, want)))
+
+
 def assert_dequantized_near(got, want):
     """To a step of E4M3 and of the scale: a last bit of BF16 may move both."""
     scale = np.repeat(np.asarray(want.scale).T, 128, axis=1)[:, : want.values.shape[1]]
@@ -334,6 +351,13 @@ def test_blocks_of_weights_side_by_side():
         quantize.quantize_blocks_both((v, w))
 
 
+def test_swiglu_has_a_gradient_where_its_exponential_overflows():
+    gate_up = jnp.array([[-1e4, -100.0, 0.0, 1e4, 1, 1, 1, 1]])
+    dgate, dup = jnp.split(jax.grad(lambda x: reference.swiglu(x).sum())(gate_up), 2, axis=1)
+    np.testing.assert_allclose(dgate, [[0, 0, 0.5, 1]], atol=1e-6)
+    np.testing.assert_allclose(dup, [[0, 0, 0, 1e4]], atol=1e-6)
+
+
 def test_swiglu_is_that_of_jax():
     gate_up, factors = random_matrix(130, 280), random_matrix(130, 1, 1)
     gate, up = jnp.split(gate_up, 2, axis=1)
@@ -349,7 +373,9 @@ def test_swiglu_is_that_of_jax():
 
 
 @pytest.mark.skipif(not compat.loads_transposed(), reason="before 0.11, Pallas finds no layout")
-@pytest.mark.parametrize("which", ["plain", "swiglu", "blocks", "blocks_fp32", "columns"])
+@pytest.mark.parametrize(
+    "which", ["plain", "swiglu", "blocks", "blocks_fp32", "columns", "from_fp8"]
+)
 def test_both_lower_without_a_device(which):
     x = jax.ShapeDtypeStruct((1000, 2048), jnp.bfloat16)
     sizes = jax.ShapeDtypeStruct((8,), jnp.int32)
@@ -359,11 +385,18 @@ def test_both_lower_without_a_device(which):
         traced = jax.jit(hopper_both.quantize_blocks_both).trace((w, w))
     else:
         factors = jax.ShapeDtypeStruct((1000,), jnp.float32)
+        if which == "from_fp8":
+            x = jax.ShapeDtypeStruct((1000, 2048), reference.E4M3)
+            factors = jax.ShapeDtypeStruct((16, 1000), jnp.float32)
 
         def run(sizes, x, factors):
             tiles = quantize.ragged_tiles(sizes, 1000)
-            swiglu = {"swiglu": True, "factors_M": factors} if which == "swiglu" else {}
-            return hopper_both.quantize_both(x, tiles, by_row=which != "columns", **swiglu)
+            options = {
+                "swiglu": {"swiglu": True, "factors_M": factors},
+                "columns": {"by_row": False},
+                "from_fp8": {"by_row": False, "scale_kM": factors},
+            }
+            return hopper_both.quantize_both(x, tiles, **options.get(which, {}))
 
         traced = jax.jit(run).trace(sizes, x, factors)
     assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()

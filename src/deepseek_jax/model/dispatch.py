@@ -11,6 +11,9 @@ token being dropped.
 
 *ring* passes every device's tokens round the expert axis. It sends more, but only to the
 neighbour, while the tokens at hand are computed; and it runs everywhere.
+
+Where products are in FP8, tokens are quantized before they leave and travel so (V3 section 3.3.3).
+What comes back from the experts, and the gradients of the tokens, are BF16.
 """
 
 import functools
@@ -20,14 +23,17 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from deepseek_jax import sharding
 from deepseek_jax.config import Precision
 from deepseek_jax.model.experts import (
     ExpertWeights,
+    Fp8Rows,
     Pairs,
     compact,
+    fp8_rows,
     from_pairs,
     local_experts,
     sorted_pairs,
@@ -91,40 +97,97 @@ def routed_experts(
     """
     parts = [part._replace(x_TD=part.x_TD.astype(precision.compute_dtype)) for part in parts]
 
-    def compute(x, experts, gates, weights, most=None):
-        return local_experts(x, experts, gates, weights, precision, most)
+    def compute(x, fp8, experts, gates, weights, most=None):
+        return local_experts(x, experts, gates, weights, precision, most, fp8)
 
     devices = sharding.parts("expert")
+    with jax.named_scope("dispatch"):
+        sent = [fp8_rows(part.x_TD, precision) for part in parts]
     if devices == 1:
-        outs = [compute(*part, weights) for part in parts]
+        outs = [
+            compute(part.x_TD, fp8, part.experts_TK, part.gates_TK, weights)
+            for part, fp8 in zip(parts, sent, strict=True)
+        ]
     elif parallel.dispatcher == "ring" or (
         parallel.dispatcher == "auto" and sharding.platform() == "cpu"
     ):
-        outs = [_ring(part, weights, compute) for part in parts]
+        outs = [_ring(part, fp8, weights, compute) for part, fp8 in zip(parts, sent, strict=True)]
     else:
         most = most_receivers(parts[0].experts_TK.shape[1], devices, *groups)
-        outs = _ragged(parts, weights, compute, parallel.receive_factor, most)
+        outs = _ragged(parts, sent, weights, compute, parallel.receive_factor, most)
     return [sharding.psum(out.astype(precision.compute_dtype), "expert_mlp") for out in outs]
 
 
 # --- ring ------------------------------------------------------------------------------------
 
 
-def _ring(part: Chosen, weights: ExpertWeights, compute: Callable[..., jax.Array]) -> jax.Array:
-    here = weights.w1_EDF.shape[0]
-    first = sharding.part_index("expert") * here
-    # Kept for the backward pass: the tokens that come by, and nothing of their experts.
-    compute = jax.checkpoint(compute)
+def _ring(
+    part: Chosen, fp8: Fp8Rows | None, weights: ExpertWeights, compute: Callable[..., jax.Array]
+) -> jax.Array:
+    """The tokens go round, and with them the sum of what their experts have made of them.
 
-    def step(carry, _):
-        *tokens, sum_TD = carry
-        x, experts, gates = tokens
+    So they do again for the gradients: nothing is kept but a device's own tokens, and what is in
+    FP8 travels as FP8, which autodiff of the loop would not do.
+    """
+    devices, here = sharding.parts("expert"), weights.w1_EDF.shape[0]
+    shape, dtype = part.x_TD.shape, part.x_TD.dtype
+
+    def share(tokens, x, gates, weights):
+        """What the experts of this device contribute to the tokens at hand."""
+        _, fp8, experts, _ = tokens
+        first = sharding.part_index("expert") * here
         own = (experts >= first) & (experts < first + here)
-        sum_TD += compute(x, jnp.where(own, experts - first, here), gates, weights)
-        return tuple(sharding.to_neighbour(a, "expert") for a in (*tokens, sum_TD)), None
+        return compute(x, fp8, jnp.where(own, experts - first, here), gates, weights)
 
-    carry = (*part, jnp.zeros(part.x_TD.shape, jnp.float32))
-    return jax.lax.scan(step, carry, length=sharding.parts("expert"))[0][-1]
+    def of_tokens(tokens):
+        x, _, _, gates = tokens
+        return jnp.zeros(shape, dtype) if x is None else x, gates
+
+    def on(travelling):
+        return jax.tree.map(lambda a: sharding.to_neighbour(a, "expert"), travelling)
+
+    @jax.custom_vjp
+    def run(x, gates, weights, still):
+        return forward(x, gates, weights, still)[0]
+
+    def forward(x, gates, weights, still):
+        fp8, experts = still
+
+        def step(carry, _):
+            tokens, sum_TD = carry
+            sum_TD += share(tokens, *of_tokens(tokens), weights)
+            return on((tokens, sum_TD)), None
+
+        tokens = (x if fp8 is None else None, fp8, experts, gates)
+        carry = tokens, jnp.zeros(shape, jnp.float32)
+        # After the last step they are home again.
+        (tokens, sum_TD), _ = jax.lax.scan(step, carry, length=devices)
+        return sum_TD, (tokens, weights)
+
+    def backward(saved, ct_TD):
+        tokens, weights = saved
+
+        def step(carry, _):
+            (tokens, ct_TD, dx_TD, dgates_TK), dweights = carry
+            _, pullback = jax.vjp(functools.partial(share, tokens), *of_tokens(tokens), weights)
+            dx, dgates, dw = pullback(ct_TD.astype(jnp.float32))
+            travelling = tokens, ct_TD, dx_TD + dx, dgates_TK + dgates
+            return (on(travelling), jax.tree.map(jnp.add, dweights, dw)), None
+
+        # The sum was rounded to the tokens' dtype, so its gradient is of that dtype.
+        travelling = (
+            tokens,
+            ct_TD.astype(dtype),
+            jnp.zeros(shape, jnp.float32),
+            jnp.zeros_like(tokens[-1]),
+        )
+        carry = travelling, jax.tree.map(jnp.zeros_like, weights)
+        (travelling, dweights), _ = jax.lax.scan(step, carry, length=devices)
+        _, _, dx_TD, dgates_TK = travelling
+        return dx_TD.astype(dtype), dgates_TK, dweights, None
+
+    run.defvjp(forward, backward)
+    return run(part.x_TD, part.gates_TK, weights, (fp8, part.experts_TK))
 
 
 # --- ragged all-to-all -----------------------------------------------------------------------
@@ -165,33 +228,71 @@ class Exchange(NamedTuple):
 
 def plan_exchange(offsets_N: Int[Array, "N"], sizes_N: Int[Array, "N"]) -> Exchange:
     """Tell every device what it will get; slices arrive end to end, in the senders' order."""
-    sent = jnp.stack([offsets_N, sizes_N], axis=1)
-    back_offsets, recv_sizes = sharding.all_to_all(sent, "expert").T
-    recv_offsets = jnp.cumsum(recv_sizes) - recv_sizes
-    there = sharding.all_to_all(recv_offsets, "expert")
-    return Exchange(offsets_N, sizes_N, recv_offsets, recv_sizes, there, back_offsets)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def exchange(rows_SD: jax.Array, ex: Exchange, size: int) -> jax.Array:
-    """The rows that arrive, in a buffer of ``size`` rows that is otherwise zero.
-
-    Its gradient is the exchange back.
-    """
-    return sharding.ragged_all_to_all(
-        rows_SD,
-        size,
-        ex.send_offsets_N,
-        ex.send_sizes_N,
-        ex.there_offsets_N,
-        ex.recv_sizes_N,
-        "expert",
+    own = jnp.stack([offsets_N, sizes_N], axis=1)
+    # Everybody hears everything: one collective, where every extra one is a wait for all.
+    offsets_NN, sizes_NN = jnp.moveaxis(sharding.all_gather(own[None], "expert", 0), 2, 0)
+    me = sharding.part_index("expert")
+    earlier_NN = jnp.cumsum(sizes_NN, axis=0) - sizes_NN  # [sender, receiver]
+    recv_sizes = sizes_NN[:, me]
+    return Exchange(
+        offsets_N, sizes_N, earlier_NN[:, me], recv_sizes, earlier_NN[me], offsets_NN[:, me]
     )
 
 
+def _arriving(rows: Any, ex: Exchange, size: int) -> Any:
+    return jax.tree.map(
+        lambda a: sharding.ragged_all_to_all(
+            a,
+            size,
+            ex.send_offsets_N,
+            ex.send_sizes_N,
+            ex.there_offsets_N,
+            ex.recv_sizes_N,
+            "expert",
+        ),
+        rows,
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def exchange(rows_SD: jax.Array, ex: Exchange, size: int, unread: bool = False) -> jax.Array:
+    """The rows that arrive, in a buffer of ``size`` rows that is otherwise zero.
+
+    Its gradient is the exchange back. ``unread``: nothing is sent, since nobody reads it, and the
+    gradient comes back all the same (``Fp8Rows``).
+    """
+    if unread:
+        return jnp.zeros((size, *rows_SD.shape[1:]), rows_SD.dtype)
+    return _arriving(rows_SD, ex, size)
+
+
 exchange.defvjp(
-    lambda rows_SD, ex, size: (exchange(rows_SD, ex, size), (ex, len(rows_SD))),
-    lambda size, saved, ct: (exchange(ct, saved[0].back(), saved[1]), None),
+    lambda rows_SD, ex, size, unread: (exchange(rows_SD, ex, size, unread), (ex, len(rows_SD))),
+    lambda size, unread, saved, ct: (_arriving(ct, saved[0].back(), saved[1]), None),
+)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _exchange_together(
+    gates_SK: jax.Array, others: Sequence[jax.Array], ex: Exchange, size: int
+) -> tuple[jax.Array, list[jax.Array]]:
+    """Short rows in one message, which is a tile's width on TPU anyway; the gates have a gradient.
+
+    ``others`` come back in the gates' float32.
+    """
+    columns = [gates_SK, *others]
+    message = jnp.concatenate([a.astype(gates_SK.dtype) for a in columns], axis=1)
+    ends = np.cumsum([a.shape[1] for a in columns])
+    gates, *others = jnp.split(_arriving(message, ex, size), ends[:-1], axis=1)
+    return gates, others
+
+
+_exchange_together.defvjp(
+    lambda gates_SK, others, ex, size: (
+        _exchange_together(gates_SK, others, ex, size),
+        (ex, len(gates_SK)),
+    ),
+    lambda size, saved, ct: (_arriving(ct[0], saved[0].back(), saved[1]), None, None),
 )
 
 
@@ -207,10 +308,13 @@ class _Outgoing(NamedTuple):
     """First row of each receiver."""
     rounds: jax.Array
     """Rounds of the whole expert axis: 1 unless the routing is skewed."""
+    fp8: Fp8Rows | None = None
+    """The rows, where it is FP8 that is sent."""
 
 
 def _ragged(
     parts: Sequence[Chosen],
+    sent: Sequence[Fp8Rows | None],
     weights: ExpertWeights,
     compute: Callable[..., jax.Array],
     factor: float,
@@ -225,34 +329,36 @@ def _ragged(
     window = worst if pairs_size == worst else pairs_size - (K - 1)
     rows_size = min(pairs_size, N * T)
 
-    def outgoing(part: Chosen) -> tuple[Pairs, jax.Array, jax.Array, _Outgoing]:
+    def outgoing(
+        part: Chosen, fp8: Fp8Rows | None
+    ) -> tuple[Pairs, jax.Array, jax.Array, _Outgoing]:
         # Each token's receivers, without repetition.
         owner_TK = jnp.sort(part.experts_TK // here, axis=1)
         again_TK = jnp.pad(owner_TK[:, 1:] == owner_TK[:, :-1], ((0, 0), (1, 0)))
         rows = sorted_pairs(jnp.where(again_TK, N, owner_TK), N, T * most)
-        x_SD = to_pairs(part.x_TD, rows)
+        x_SD = to_pairs(part.x_TD, rows, fp8 is not None)
         out, first_SK = _outgoing(part.experts_TK[rows.token_M], rows.sizes_G, here, window)
         gates_SK = jnp.take_along_axis(to_pairs(part.gates_TK, rows), first_SK, axis=1)
-        return rows, x_SD, gates_SK, out
+        return rows, x_SD, gates_SK, out._replace(fp8=fp8 and fp8.take(rows.token_M))
 
     def one_round(index, x_SD, gates_SK, weights, out):
         goes = jax.nn.one_hot(out.receiver_S, N, dtype=jnp.int32)
         before_N = ((out.round_S >= 0) & (out.round_S < index))[:, None] * goes
         now_N = (out.round_S == index)[:, None] * goes
         ex = plan_exchange(out.starts_N + before_N.sum(0), now_N.sum(0))
-        x = exchange(x_SD, ex, rows_size)
-        # One message for both; a row of it is a tile's width on TPU however short.
-        choices = jnp.concatenate([gates_SK, out.experts_SK.astype(gates_SK.dtype)], axis=1)
-        gates, experts = jnp.split(exchange(choices, ex, rows_size), 2, axis=1)
+        x = exchange(x_SD, ex, rows_size, out.fp8 is not None)
+        short = [out.experts_SK] if out.fp8 is None else [out.experts_SK, out.fp8.scales_Tk]
+        gates, (experts, *scales) = _exchange_together(gates_SK, short, ex, rows_size)
+        fp8 = out.fp8 and Fp8Rows(_arriving(out.fp8.values_TD, ex, rows_size), *scales)
         experts = jnp.where(experts == 0, here, experts.astype(jnp.int32) - 1)
-        y = compute(x, experts, gates, weights, pairs_size).astype(x_SD.dtype)
+        y = compute(x, fp8, experts, gates, weights, pairs_size).astype(x_SD.dtype)
         return exchange(y, ex.back(), len(x_SD))
 
     def round_of_all(index, x, gates, weights, out):
         each = zip(x, gates, out, strict=True)
         return tuple(one_round(index, x, gates, weights, out) for x, gates, out in each)
 
-    rows, x, gates, out = zip(*map(outgoing, parts), strict=True)
+    rows, x, gates, out = zip(*map(outgoing, parts, sent), strict=True)
     if window == worst:
         returned = round_of_all(0, x, gates, weights, out)
     else:

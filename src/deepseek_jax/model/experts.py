@@ -12,6 +12,7 @@ from deepseek_jax.config import Precision
 from deepseek_jax.model.layers import Weight, swiglu
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.linear import fp8_grouped_linear, fp8_grouped_swiglu_linear
+from pallas_kernels.quantize import Quantized, quantize_tiles
 
 
 class Pairs(NamedTuple):
@@ -39,13 +40,40 @@ def sorted_pairs(keys_TK: Int[Array, "T K"], num_keys: int, most: int) -> Pairs:
     return Pairs(order // K, order, slot_TK.astype(jnp.int32), sizes_G)
 
 
-@jax.custom_vjp
-def to_pairs(x_TD: Float[Array, "T D"], pairs: Pairs) -> Float[Array, "M D"]:
-    """A copy of its token's row for every pair.
+class Fp8Rows(NamedTuple):
+    """Tokens as FP8 products take them and as they are sent: E4M3 in 1x128 tiles, row by row.
+
+    V3 section 3.3.3: quantized once, before dispatch, with scales that are powers of two. A
+    gradient has no place in E4M3. It flows through the tokens in the compute dtype, which go
+    along as zeros that nobody reads and XLA therefore does not make.
+    """
+
+    values_TD: Float[Array, "T D"]
+    scales_Tk: Float[Array, "T k"]
+
+    def take(self, rows_M: Int[Array, "M"]) -> "Fp8Rows":
+        """The rows of these numbers."""
+        return Fp8Rows(self.values_TD[rows_M], self.scales_Tk[rows_M])
+
+
+def fp8_rows(x_TD: Float[Array, "T D"], precision: Precision) -> Fp8Rows | None:
+    """Tokens quantized for the products that ``precision`` asks for; None: as they are."""
+    if precision.matmuls != "fp8":
+        return None
+    x_TD = jax.lax.stop_gradient(x_TD.astype(precision.compute_dtype))
+    q = quantize_tiles(x_TD, power_of_two=True)
+    return Fp8Rows(q.values, q.scale.T)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def to_pairs(x_TD: Float[Array, "T D"], pairs: Pairs, unread: bool = False) -> Float[Array, "M D"]:
+    """A copy of its token's row for every pair; zeros where nobody reads it (``Fp8Rows``).
 
     Its gradient is ``from_pairs``, and the other way round: gathers both, where autodiff would
     scatter-add, which is serial on CPU and atomic on GPU.
     """
+    if unread:
+        return jnp.zeros((len(pairs.token_M), *x_TD.shape[1:]), x_TD.dtype)
     return x_TD[pairs.token_M]
 
 
@@ -60,8 +88,8 @@ def from_pairs(y_MD: Float[Array, "M D"], pairs: Pairs) -> Float[Array, "T D"]:
 
 
 to_pairs.defvjp(
-    lambda x_TD, pairs: (to_pairs(x_TD, pairs), pairs),
-    lambda pairs, ct_MD: (from_pairs(ct_MD, pairs).astype(ct_MD.dtype), None),
+    lambda x_TD, pairs, unread: (to_pairs(x_TD, pairs, unread), pairs),
+    lambda unread, pairs, ct_MD: (from_pairs(ct_MD, pairs).astype(ct_MD.dtype), None),
 )
 from_pairs.defvjp(
     lambda y_MD, pairs: (from_pairs(y_MD, pairs), (pairs, jnp.zeros((), y_MD.dtype))),
@@ -93,11 +121,14 @@ def local_experts(
     weights: ExpertWeights,
     precision: Precision,
     most: int | None = None,
+    fp8: Fp8Rows | None = None,
 ) -> Float[Array, "T D"]:
     """Sum over the chosen experts that are here of gate * FFN(x) (V3 Eq. 12), in float32.
 
     ``experts_TK`` counts from the first expert here; E (how many there are) means elsewhere. At
     most ``most`` choices may be here; default: every token may choose as many as there are.
+    ``fp8`` are the tokens of ``fp8_rows`` where they are quantized already; ``x_TD`` is then not
+    read.
 
     The gate multiplies SwiGLU's product and not the output: w2 is linear, and so the product
     costs no pass of its own.
@@ -111,17 +142,20 @@ def local_experts(
     with jax.named_scope("dispatch"):
         pairs = sorted_pairs(experts_TK, E, experts_TK.size if most is None else most)
         pairs = jax.tree.map(lambda a: checkpoint_name(a, "dispatch"), pairs)
-        x_MD = to_pairs(x_TD.astype(precision.compute_dtype), pairs)
+        fp8 = fp8 or fp8_rows(x_TD, precision)
+        x_MD = to_pairs(x_TD.astype(precision.compute_dtype), pairs, fp8 is not None)
+        fp8 = fp8 and fp8.take(pairs.token_M)
         each = Pairs(pairs.choice_M, pairs.choice_M, pairs.slot_TK.reshape(-1, 1), pairs.sizes_G)
         gates_M1 = to_pairs(gates_TK.reshape(-1, 1), each)
     with jax.named_scope("experts"):
-        y_MD = _experts(x_MD, gates_M1, pairs.sizes_G, weights, precision)
+        y_MD = _experts(x_MD, fp8, gates_M1, pairs.sizes_G, weights, precision)
     with jax.named_scope("dispatch"):
         return from_pairs(y_MD, pairs)
 
 
 def _experts(
     x_MD: jax.Array,
+    fp8: Fp8Rows | None,
     gates_M1: jax.Array,
     sizes_G: jax.Array,
     weights: ExpertWeights,
@@ -129,8 +163,9 @@ def _experts(
 ) -> jax.Array:
     """Of every pair, gate * FFN(x) by its own expert."""
     w1_EDF, w3_EDF, w2_EFD = weights
-    if precision.matmuls == "fp8":
-        gate_up = fp8_grouped_linear(x_MD, (w1_EDF, w3_EDF), sizes_G)
+    if fp8 is not None:
+        rows = Quantized(fp8.values_TD, fp8.scales_Tk.T)
+        gate_up = fp8_grouped_linear(x_MD, (w1_EDF, w3_EDF), sizes_G, quantized=rows)
         gate_up = checkpoint_name(gate_up, "ffn_gate_up")
         return fp8_grouped_swiglu_linear(gate_up, gates_M1[:, 0], w2_EFD, sizes_G)
     times: Any = functools.partial(grouped_matmul, group_sizes_G=sizes_G)
