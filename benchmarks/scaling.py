@@ -39,7 +39,11 @@ from deepseek_jax.train.losses import pretrain_loss
 from deepseek_jax.train.step import init_state, make_train_step, state_shardings
 from deepseek_jax.types import TrainState
 
-QUICK: dict[str, Any] = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+QUICK: dict[str, Any] = {
+    "xla_gpu_autotune_level": 0,
+    "xla_gpu_enable_triton_gemm": False,
+    "xla_gpu_enable_dynamic_slice_fusion": False,  # as in training
+}
 HIDDEN = {"xla_gpu_enable_latency_hiding_scheduler": True}
 LIMIT = np.float32(np.inf)
 CHECKED_STEPS = 3
