@@ -223,7 +223,9 @@ class Engine:
         dtype = self.model.precision.compute_dtype
         if config.cache_dtype == "fp8":
             dtype = jnp.float8_e4m3fn
-        sizes = (config.max_length, dtype, config.drafts)
+        # Kernels copy slots eight at a time.
+        self._slots = -(-config.max_length // 8) * 8
+        sizes = (self._slots, dtype, config.drafts)
         routing, most = config.keep_routing, min(config.keep_top_k, c.vocab_size)
         self._state = self._empty(
             lambda: programs.init_slots(
@@ -254,7 +256,7 @@ class Engine:
         """Of one token in all layers, the MTP modules' included where they draft."""
         caches = [c for c in (self._state.cache, self._state.mtp) if c is not None]
         each = [x for c in caches for x in jax.tree.leaves(c) if x.ndim > 1]
-        return sum(x.nbytes for x in each) // (self._rows * self.config.max_length)
+        return sum(x.nbytes for x in each) // (self._rows * self._slots)
 
     @property
     def weight_bytes(self) -> int:

@@ -368,7 +368,12 @@ def _emit(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("model", "rounds"), donate_argnames="slots")
+# What XLA would do on a GPU for a product of few rows costs more than the product: its Triton
+# kernels want a layer's matrix copied out of the stack of all layers first, where cuBLAS reads it
+# in place; and matrices that multiply the same rows are joined into one, anew in every step.
+_GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
+
+
 def decode(
     model: DeepSeekV3,
     params: Params,
@@ -378,8 +383,33 @@ def decode(
     *,
     rounds: int,
 ) -> Slots:
-    """Continue every running slot by so many rounds; those marked in ``stopped_B`` end before."""
+    """Continue every running slot by so many rounds; those marked in ``stopped_B`` end before.
 
+    Compiled; ``slots`` is donated.
+    """
+    program = _decode_for(sharding.platform())
+    return program(model, params, router_bias_LE, slots, stopped_B, rounds=rounds)
+
+
+@functools.cache
+def _decode_for(platform: str) -> Any:
+    return jax.jit(
+        _decode,
+        static_argnames=("model", "rounds"),
+        donate_argnames="slots",
+        compiler_options=_GPU_OPTIONS if platform in ("gpu", "cuda") else None,
+    )
+
+
+def _decode(
+    model: DeepSeekV3,
+    params: Params,
+    router_bias_LE: jax.Array,
+    slots: Slots,
+    stopped_B: jax.Array,
+    *,
+    rounds: int,
+) -> Slots:
     def run(params, bias_LE, slots, stopped_B):
         slots = slots._replace(status_B=jnp.where(stopped_B == 1, IDLE, slots.status_B))
         one = _one_token if slots.mtp is None else _drafted_tokens
