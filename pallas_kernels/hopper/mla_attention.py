@@ -8,6 +8,12 @@ shared memory, and both multiply them with their half of the values; a third fet
 of two blocks, which take 64 queries each of the same row, each fetches half of every block of keys
 for both.
 
+In cycles of a multiprocessor, a block of keys takes 1152 of the tensor cores for its scores and 512
+for either half of the result; its softmax about 700 of the first warpgroup alone. So the second
+half is multiplied while the first warpgroup is at the softmax of the block after (`Schedule`). Two
+blocks of keys are all that shared memory holds, so nothing of a block is kept for longer than that:
+the one after the next arrives meanwhile.
+
 Where rows are few, their keys are split, and the parts summed by plain jnp (flash-decoding).
 
 Bound, at 128 queries a row, by memory and arithmetic about alike: 2 (R + P) bytes and
@@ -40,6 +46,8 @@ _LEAST = -1e30  # finite: what sees nothing must not become NaN
 # No warpgroup reads what it has itself written to shared memory, so none must wait for itself.
 _PARAMS = {"approx_math": True, "reduction_scratch_bytes": 0, "unsafe_no_auto_barriers": True}
 _START = 3  # what a block of threads costs before and after its keys, in blocks of keys
+# What it costs to add up parts: two launches, and 256 KB of device memory for each.
+_ADDING = 3, 0.055
 
 
 def mla_decode(
@@ -66,6 +74,7 @@ def mla_decode(
         layer: Which of the layers.
         scale: Of the scores.
         splits: Parts that each row's slots are divided into; default: by `choose_splits`.
+        schedule: See `Schedule`.
         interpret: Simulate on the CPU.
 
     Raises:
@@ -76,8 +85,8 @@ def mla_decode(
     arrays = q_nope_BTNR, q_pe_BTNP, c_kv_LBSR, k_pe_LBSP
     if (q_nope_BTNR.shape[3], q_pe_BTNP.shape[3]) != (R, P) or S < _KEYS or S % 8:
         raise ValueError(
-            f"R must be {R}, P {P} and S a multiple of 8, at least {_KEYS}, not {arrays[0].shape[3]}, "
-            f"{arrays[1].shape[3]} and {S}"
+            f"R must be {R}, P {P} and S a multiple of 8, at least {_KEYS}, not "
+            f"{arrays[0].shape[3]}, {arrays[1].shape[3]} and {S}"
         )
     if any(a.dtype != jnp.bfloat16 for a in arrays):
         raise ValueError(f"everything must be bfloat16, not {[a.dtype.name for a in arrays]}")
@@ -107,12 +116,16 @@ def mla_decode(
 
 
 def choose_splits(rows: int, row_blocks: int, slots: int, multiprocessors: int) -> int:
-    """The number of parts of a row's slots that takes the fewest turns of all multiprocessors."""
+    """The number of parts of a row's slots that takes the least time, counted in blocks of keys.
+
+    All multiprocessors work in turns. Parts must be added up, too: FP32, written and read.
+    """
     blocks = pl.cdiv(slots, _KEYS)
 
-    def cost(splits: int) -> int:
+    def cost(splits: int) -> float:
         turns = pl.cdiv(rows * row_blocks * splits, multiprocessors)
-        return turns * (pl.cdiv(blocks, splits) + _START)
+        adding = _ADDING[0] + _ADDING[1] * rows * row_blocks * splits if splits > 1 else 0
+        return turns * (pl.cdiv(blocks, splits) + _START) + adding
 
     return min(range(1, min(blocks, multiprocessors) + 1), key=cost)
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Format, Layout
 from jaxtyping import Array, Float
 
 from deepseek_jax import sharding
@@ -142,6 +143,10 @@ def serving_params(model: DeepSeekV3, params: Params) -> Params:
     ]
     if mesh.empty:
         cast = [x.astype(dtype) for (_, x), dtype in zip(leaves, dtypes, strict=True)]
+        if sharding.platform() in ("gpu", "cuda"):
+            cast = [
+                _for_gpu(p[-1].key, x, n) for (p, _), x, n in zip(leaves, cast, own, strict=True)
+            ]
         return jax.tree.unflatten(tree, cast)
     where = jax.tree.leaves(sharding.param_shardings(mesh, axes, params, stored=False))
     # What is in FP8 is never trained, so its buffers can be shared with whoever holds them.
@@ -161,6 +166,19 @@ _axes = functools.lru_cache(maxsize=8)(logical_axes)
 def _stays(name: str, dtype: Any, names: tuple[str | None, ...]) -> bool:
     beside = name.endswith((SCALE, LORA_A, LORA_B))
     return names[-1] == "norm" or name == "gate" or dtype == jnp.float8_e4m3fn or beside
+
+
+def _for_gpu(name: str, x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
+    """FP8 tensor cores want the contracted axis last: in memory it then is, whatever the shape.
+
+    Else every call would begin with transposing the matrices of all layers, and hold both. Not
+    ``wkv_b``, which decoding multiplies out in the order of its axes.
+    """
+    if x.dtype != jnp.float8_e4m3fn or name == "wkv_b":
+        return x
+    lead, split = sharding.matrix_axes(names)
+    order = (*range(lead), *range(split, x.ndim), *range(lead, split))
+    return jax.device_put(x, Format(Layout(order), x.sharding))
 
 
 @functools.lru_cache(maxsize=8)

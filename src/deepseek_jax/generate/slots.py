@@ -5,6 +5,7 @@ compiled once for given numbers of slots and lanes, whatever the lengths of what
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -137,7 +138,36 @@ def _per_device(fn: Any, model: DeepSeekV3, params: Params, *others: Any) -> Any
     return sharding.per_device(fn, in_specs=(weights, everywhere, *others), out_specs=others[0])
 
 
-@functools.partial(jax.jit, static_argnames="model", donate_argnames="lanes")
+# What XLA would do on a GPU for products of few rows costs more than the products: its Triton
+# kernels want a layer's matrix copied out of the stack of all layers first, where cuBLAS reads it
+# in place; and matrices that multiply the same rows are joined into one, anew in every step.
+_GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
+
+
+class _Program:
+    """A function under ``jax.jit``, with ``_GPU_OPTIONS`` where it is called for a GPU."""
+
+    def __init__(self, fn: Callable[..., Any], **options: Any):
+        functools.update_wrapper(self, fn)
+        on_gpu = functools.partial(jax.jit, compiler_options=_GPU_OPTIONS)
+        self._jitted = {gpu: (on_gpu if gpu else jax.jit)(fn, **options) for gpu in (True, False)}
+
+    def _here(self) -> Any:
+        return self._jitted[sharding.platform() in ("gpu", "cuda")]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._here()(*args, **kwargs)
+
+    def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
+        """As a jitted function's."""
+        return self._here().lower(*args, **kwargs)
+
+
+def _compiled(**options: Any) -> Callable[[Callable[..., Any]], _Program]:
+    return functools.partial(_Program, **options)
+
+
+@_compiled(static_argnames="model", donate_argnames="lanes")
 def prefill(
     model: DeepSeekV3,
     params: Params,
@@ -205,7 +235,7 @@ def _put_experts(
     return at.set(new_LBTK.astype(kept_LBSK.dtype), mode="drop")
 
 
-@functools.partial(jax.jit, static_argnames="model", donate_argnames="slots")
+@_compiled(static_argnames="model", donate_argnames="slots")
 def start(
     model: DeepSeekV3,
     params: Params,
@@ -368,12 +398,7 @@ def _emit(
     )
 
 
-# What XLA would do on a GPU for a product of few rows costs more than the product: its Triton
-# kernels want a layer's matrix copied out of the stack of all layers first, where cuBLAS reads it
-# in place; and matrices that multiply the same rows are joined into one, anew in every step.
-_GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
-
-
+@_compiled(static_argnames=("model", "rounds"), donate_argnames="slots")
 def decode(
     model: DeepSeekV3,
     params: Params,
@@ -383,33 +408,8 @@ def decode(
     *,
     rounds: int,
 ) -> Slots:
-    """Continue every running slot by so many rounds; those marked in ``stopped_B`` end before.
+    """Continue every running slot by so many rounds; those marked in ``stopped_B`` end before."""
 
-    Compiled; ``slots`` is donated.
-    """
-    program = _decode_for(sharding.platform())
-    return program(model, params, router_bias_LE, slots, stopped_B, rounds=rounds)
-
-
-@functools.cache
-def _decode_for(platform: str) -> Any:
-    return jax.jit(
-        _decode,
-        static_argnames=("model", "rounds"),
-        donate_argnames="slots",
-        compiler_options=_GPU_OPTIONS if platform in ("gpu", "cuda") else None,
-    )
-
-
-def _decode(
-    model: DeepSeekV3,
-    params: Params,
-    router_bias_LE: jax.Array,
-    slots: Slots,
-    stopped_B: jax.Array,
-    *,
-    rounds: int,
-) -> Slots:
     def run(params, bias_LE, slots, stopped_B):
         slots = slots._replace(status_B=jnp.where(stopped_B == 1, IDLE, slots.status_B))
         one = _one_token if slots.mtp is None else _drafted_tokens
