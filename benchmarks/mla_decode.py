@@ -65,6 +65,7 @@ def _error(got, *args):
     return jnp.abs(got.astype(jnp.float32) - want).max() / jnp.abs(want).max()
 
 
+@functools.cache  # for it takes longer than the timing
 def _check(decode, queries, slots) -> str:
     lengths = jnp.array([slots - queries, slots // 2, 63, 0])
     args = *operands(jax.random.key(1), 2, 4, queries, slots), lengths, jnp.int32(1)

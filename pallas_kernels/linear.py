@@ -120,7 +120,7 @@ def _quantizer(impl: Impl) -> Literal["auto", "reference"]:
 def _quantized_weight(w: jax.Array | Quantized, impl: Impl) -> tuple[Quantized, Quantized]:
     """A weight and its transpose; what is quantized already stays as it is."""
     if isinstance(w, Quantized):
-        return w, transpose_blocks(jax.lax.optimization_barrier(w))
+        return w, transpose_blocks(w)
     return quantize_blocks_both(w, impl=_quantizer(impl))
 
 
