@@ -40,8 +40,9 @@ def mla_decode(
         length_B: tokens in the cache before the first query's. T queries may reach past slot S.
         layer: which of the stack.
         scale: of the scores.
-        impl: ``hopper`` needs bfloat16, R = 512, P = 64 and S of at least 64; ``tpu`` bfloat16, R a
-            multiple of 128 and P of 16, and in `shard_map` it wants ``check_vma=False``.
+        impl: ``hopper`` needs bfloat16, R = 512, P = 64 and S a multiple of 8, at least 64;
+            ``tpu`` bfloat16, R a multiple of 128 and P of 16, and in `shard_map` it wants
+            ``check_vma=False``.
             ``reference`` has the scores of all S slots in memory. ``auto`` takes what can run, and
             logs it.
 
@@ -94,7 +95,7 @@ def _tpu_can(*arrays: jax.Array) -> bool:
 
 def _hopper_can(*arrays: jax.Array) -> bool:
     R, P, S = arrays[0].shape[-1], arrays[1].shape[-1], arrays[2].shape[2]
-    return _in_bfloat16(*arrays) and (R, P) == (512, 64) and S >= 64
+    return _in_bfloat16(*arrays) and (R, P) == (512, 64) and S % 8 == 0 and S >= 64
 
 
 def _in_bfloat16(*arrays: jax.Array) -> bool:

@@ -8,6 +8,12 @@ shared memory, and both multiply them with their half of the values; a third fet
 of two blocks, which take 64 queries each of the same row, each fetches half of every block of keys
 for both.
 
+In cycles of a multiprocessor, a block of keys takes 1152 of the tensor cores for its scores and 512
+for either half of the result; its softmax about 700 of the first warpgroup alone. So the second
+half is multiplied while the first warpgroup is at the softmax of the block after (`Schedule`). Two
+blocks of keys are all that shared memory holds, so nothing of a block is kept for longer than that:
+the one after the next arrives meanwhile.
+
 Where rows are few, their keys are split, and the parts summed by plain jnp (flash-decoding).
 
 Bound, at 128 queries a row, by memory and arithmetic about alike: 2 (R + P) bytes and
@@ -17,7 +23,7 @@ Bound, at 128 queries a row, by memory and arithmetic about alike: 2 (R + P) byt
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +46,8 @@ _LEAST = -1e30  # finite: what sees nothing must not become NaN
 # No warpgroup reads what it has itself written to shared memory, so none must wait for itself.
 _PARAMS = {"approx_math": True, "reduction_scratch_bytes": 0, "unsafe_no_auto_barriers": True}
 _START = 3  # what a block of threads costs before and after its keys, in blocks of keys
+# What it costs to add up parts: two launches, and 256 KB of device memory for each.
+_ADDING = 3, 0.055
 
 
 def mla_decode(
@@ -52,6 +60,7 @@ def mla_decode(
     *,
     scale: float,
     splits: int | None = None,
+    schedule: "Schedule | None" = None,
     interpret: bool = False,
 ) -> Float[Array, "B T N R"]:
     """See `pallas_kernels.mla_attention.mla_decode`; queries and cache in bfloat16.
@@ -59,23 +68,25 @@ def mla_decode(
     Args:
         q_nope_BTNR: Absorbed queries.
         q_pe_BTNP: Rotated queries.
-        c_kv_LBSR: Latents of all layers. Slots past the last that is seen must be finite.
+        c_kv_LBSR: Latents of all layers.
         k_pe_LBSP: Rotated keys, likewise.
         length_B: Query t of row b sits in slot ``length_B[b] + t``.
         layer: Which of the layers.
         scale: Of the scores.
         splits: Parts that each row's slots are divided into; default: by `choose_splits`.
+        schedule: See `Schedule`.
         interpret: Simulate on the CPU.
 
     Raises:
-        ValueError: unless R is 512, P is 64, S at least 64, and everything in bfloat16.
+        ValueError: unless R is 512, P is 64, S a multiple of 8 and at least 64, and everything in
+            bfloat16.
     """
     (B, T, N, _), (L, _, S, _) = q_nope_BTNR.shape, c_kv_LBSR.shape
     arrays = q_nope_BTNR, q_pe_BTNP, c_kv_LBSR, k_pe_LBSP
-    if (q_nope_BTNR.shape[3], q_pe_BTNP.shape[3]) != (R, P) or S < _KEYS:
+    if (q_nope_BTNR.shape[3], q_pe_BTNP.shape[3]) != (R, P) or S < _KEYS or S % 8:
         raise ValueError(
-            f"R must be {R}, P {P} and S at least {_KEYS}, not {arrays[0].shape[3]}, "
-            f"{arrays[1].shape[3]} and {S}"
+            f"R must be {R}, P {P} and S a multiple of 8, at least {_KEYS}, not "
+            f"{arrays[0].shape[3]}, {arrays[1].shape[3]} and {S}"
         )
     if any(a.dtype != jnp.bfloat16 for a in arrays):
         raise ValueError(f"everything must be bfloat16, not {[a.dtype.name for a in arrays]}")
@@ -86,7 +97,9 @@ def mla_decode(
         jnp.pad(q.reshape(B, queries, -1), ((0, 0), (0, rows - queries), (0, 0)))
         for q in (q_nope_BTNR, q_pe_BTNP)
     )
-    kernel = _Kernel(B, rows, S, N, T, splits, scale * math.log2(math.e), interpret)
+    kernel = _Kernel(
+        B, rows, S, N, T, splits, scale * math.log2(math.e), interpret, schedule or Schedule()
+    )
     out, *top = kernel.call()(
         length_B.astype(jnp.int32),
         jnp.asarray(layer, jnp.int32).reshape(1),
@@ -97,19 +110,33 @@ def mla_decode(
     )
     if top:
         weights = jax.nn.softmax(top[0] * math.log(2), axis=1)
-        out = jnp.einsum("bsq,bsqr->bqr", weights, out).astype(jnp.bfloat16)
+        # Not an einsum, for which XLA would bring the parts into another order first.
+        out = (weights[..., None] * out).sum(1).astype(jnp.bfloat16)
     return out[:, :queries].reshape(B, T, N, R)
 
 
 def choose_splits(rows: int, row_blocks: int, slots: int, multiprocessors: int) -> int:
-    """The number of parts of a row's slots that takes the fewest turns of all multiprocessors."""
+    """The number of parts of a row's slots that takes the least time, counted in blocks of keys.
+
+    All multiprocessors work in turns. Parts must be added up, too: FP32, written and read.
+    """
     blocks = pl.cdiv(slots, _KEYS)
 
-    def cost(splits: int) -> int:
+    def cost(splits: int) -> float:
         turns = pl.cdiv(rows * row_blocks * splits, multiprocessors)
-        return turns * (pl.cdiv(blocks, splits) + _START)
+        adding = _ADDING[0] + _ADDING[1] * rows * row_blocks * splits if splits > 1 else 0
+        return turns * (pl.cdiv(blocks, splits) + _START) + adding
 
     return min(range(1, min(blocks, multiprocessors) + 1), key=cost)
+
+
+class Schedule(NamedTuple):
+    """How the work is laid out in time and over blocks of threads."""
+
+    deferred: bool = True
+    """The right half of the result waits for the next block's scores, to run under the softmax."""
+    shared: bool = True
+    """Two blocks of threads fetch half of every block of keys each, for both."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,9 +152,11 @@ class _Kernel:
     scale: float  # for powers of two
     interpret: bool
 
+    schedule: "Schedule"
+
     @property
     def cluster(self) -> int:
-        return 1 if self.rows // _ROWS % 2 else 2
+        return 1 if self.rows // _ROWS % 2 or not self.schedule.shared else 2
 
     def call(self):
         tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
@@ -157,6 +186,7 @@ class _Kernel:
             factors_full=plgpu.Barrier(),
             weights_full=plgpu.Barrier(),
             weights_free=plgpu.Barrier(),
+            scored=plgpu.Barrier(),
         )
         shape = jax.ShapeDtypeStruct
         out: Any = (shape((self.batch, self.rows, R), jnp.bfloat16),)
@@ -176,8 +206,8 @@ class _Kernel:
                 pair = 2 * pair + lax.axis_index("pair")
             own = pl.ds(pair * _ROWS, _ROWS)
             first_token = length[row]
-            blocks = lax.min(first_token + self.tokens + _KEYS - 1, self.slots + _KEYS - 1)
-            blocks = lax.div(blocks, _KEYS)
+            end = lax.min(first_token + self.tokens, self.slots)  # of what any query sees
+            blocks = lax.div(end + _KEYS - 1, _KEYS)
             first, last = (lax.div(blocks * (split + i), self.splits) for i in (0, 1))
             warpgroup = lax.axis_index("warpgroup")
 
@@ -198,7 +228,7 @@ class _Kernel:
             @pl.when(warpgroup == 0)
             def _():
                 plgpu.set_max_registers(_REGISTERS[1], action="increase")
-                total, top = self.left(first_token, pair, first, last, refs)
+                total, top = self.left(first_token, end, pair, first, last, refs)
                 store(0, total)
                 if self.splits > 1:
                     outs[1][row, split, own] = top
@@ -206,7 +236,7 @@ class _Kernel:
             @pl.when(warpgroup == 1)
             def _():
                 plgpu.set_max_registers(_REGISTERS[1], action="increase")
-                store(1, self.right(first, last, refs))
+                store(1, self.right(end, first, last, refs))
 
         return compat.kernel(
             body,
@@ -248,7 +278,7 @@ class _Kernel:
         ring.drain(position, refs["left_free"])
         ring.drain(position, refs["right_free"])
 
-    def left(self, first_token, pair, first, last, refs):
+    def left(self, first_token, end, pair, first, last, refs):
         """Scores, softmax, and the left half of the result; also each query's log-sum."""
         ring = Ring(_STAGES)
         shape = _ROWS, _KEYS
@@ -260,6 +290,8 @@ class _Kernel:
         def step(block, carry, *, masked: bool):
             slot, total, top, below = carry
             plgpu.barrier_wait(refs["left_full"].at[slot])
+            if masked:
+                self._clear(refs["left"].at[slot], block, end)
 
             def products(scores):
                 plgpu.wgmma(scores, refs["q_left"], refs["left"].at[slot].T)
@@ -269,6 +301,8 @@ class _Kernel:
                 return scores[...]
 
             scores = pl.run_scoped(products, plgpu.ACC(shape, jnp.float32))
+            if self.schedule.deferred:
+                plgpu.barrier_arrive(refs["scored"])
             if masked:
                 iota = functools.partial(
                     plgpu.broadcasted_iota, jnp.int32, shape, layout=plgpu.Layout.WGMMA
@@ -289,8 +323,7 @@ class _Kernel:
             plgpu.barrier_arrive(refs["weights_full"])
             below = below * factor + weights.sum(axis=1)
             total = total * spread(factor, total)
-            own = refs["weights"] if self.interpret else rounded  # it takes none from registers
-            total = self._add(total, own, refs["left"].at[slot])
+            total = self._add(total, rounded, refs["left"].at[slot])
             plgpu.barrier_arrive(refs["left_free"].at[slot])
             return ring.next_slot(slot), total, new_top, below
 
@@ -311,39 +344,63 @@ class _Kernel:
         plgpu.barrier_wait(refs["weights_free"])
         refs["factors"][...] = inverse
         plgpu.barrier_arrive(refs["factors_full"])
+        if self.schedule.deferred:  # not earlier: the other must have seen the one before
+            plgpu.barrier_arrive(refs["scored"])
         return total * spread(inverse, total), top + jnp.log2(below)
 
-    def right(self, first, last, refs):
+    def right(self, end, first, last, refs):
         """The right half of the result, with the weights of the other warpgroup."""
         ring = Ring(_STAGES)
+        if self.schedule.deferred:
+            # Before anything is given back: the scores after the first must not come unseen.
+            @pl.when(first < last)
+            def _():
+                plgpu.barrier_wait(refs["scored"])
+
         plgpu.barrier_arrive(refs["weights_free"])
 
-        def scaled(total):
+        def factors():
             plgpu.barrier_wait(refs["factors_full"])
-            factors = compat.load(refs["factors"], plgpu.Layout.WGMMA.reduce(1))
+            return compat.load(refs["factors"], plgpu.Layout.WGMMA.reduce(1))
+
+        def scaled(total, factors):
             return total * lax.broadcast_in_dim(factors, total.shape, (0,))
 
-        def step(_, carry):
+        def step(block, carry):
             slot, total = carry
-            total = scaled(total)
-            plgpu.barrier_wait(refs["right_full"].at[slot])
+            values = refs["right"].at[slot]
+            factor = factors()
             plgpu.barrier_wait(refs["weights_full"])
-            total = self._add(total, refs["weights"], refs["right"].at[slot])
-            plgpu.barrier_arrive(refs["right_free"].at[slot])
+            weights = compat.load(refs["weights"], plgpu.Layout.WGMMA)
             plgpu.barrier_arrive(refs["weights_free"])
+            total = scaled(total, factor)
+            plgpu.barrier_wait(refs["right_full"].at[slot])
+            self._clear(values, block, end)
+            if self.schedule.deferred:
+                plgpu.barrier_wait(refs["scored"])
+            total = self._add(total, weights, values)
+            plgpu.barrier_arrive(refs["right_free"].at[slot])
             return ring.next_slot(slot), total
 
         total = plgpu.layout_cast(jnp.zeros((_ROWS, _HALF), jnp.float32), plgpu.Layout.WGMMA)
         _, total = lax.fori_loop(first, last, step, (jnp.int32(0), total))
-        return scaled(total)
+        return scaled(total, factors())
+
+    def _clear(self, values, block, end):
+        """Zeros for slots that nobody sees: their weights are zero, but zero times NaN is not."""
+
+        @pl.when((block + 1) * _KEYS > end)
+        def _():
+            for first in range(0, _HALF, 64):  # in parts, for there are few registers to spare
+                columns = values.at[:, pl.ds(first, 64)]
+                held = compat.load(columns, plgpu.Layout.WGMMA)
+                row = plgpu.broadcasted_iota(jnp.int32, held.shape, 0, layout=plgpu.Layout.WGMMA)
+                columns[...] = jnp.where(row + block * _KEYS < end, held, jnp.zeros_like(held))
+            plgpu.commit_smem()
 
     def _add(self, total, weights, values):
-        def product(accumulator):
-            plgpu.wgmma(accumulator, weights, values)
-            return accumulator[...]
-
-        if self.interpret:  # the simulation knows no accumulator that begins at a value
-            return total + pl.run_scoped(product, plgpu.ACC(total.shape, jnp.float32))
+        if self.interpret:  # the simulation knows neither operands nor sums in registers
+            return total + jnp.dot(weights, values[...], preferred_element_type=jnp.float32)
 
         def add(accumulator):
             plgpu.wgmma(accumulator, weights, values)

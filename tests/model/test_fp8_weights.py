@@ -13,6 +13,7 @@ from deepseek_jax import DeepSeekV3, UserError, sharding
 from deepseek_jax.config import FLOAT32
 from deepseek_jax.convert import fp8_params, load_hf
 from deepseek_jax.generate import Engine, EngineConfig, Request, Sampling
+from deepseek_jax.generate import engine as generate_engine
 from deepseek_jax.generate.engine import serving_params
 from deepseek_jax.model.dispatch import ExpertParallel
 from deepseek_jax.model.transformer import init_cache, logical_axes, sharded_params
@@ -99,6 +100,26 @@ def test_a_quarter_of_float32_in_bytes(kept, plain):
 
 def test_logits_are_those_of_weights_multiplied_out_on_loading(kept, expected):
     np.testing.assert_array_equal(all_logits()(*kept, tokens()), expected)
+
+
+def test_on_gpus_the_contracted_axes_lie_last_and_nothing_else_changes(kept, expected):
+    params, bias = kept
+    names = sharding.axes_of(logical_axes(MODEL), params)
+    laid = jax.tree.map_with_path(
+        lambda path, x, axes: generate_engine._for_gpu(path[-1].key, x, axes), params, names
+    )
+
+    def order(*path):
+        return functools.reduce(
+            lambda tree, key: tree[key], path, laid
+        ).format.layout.major_to_minor
+
+    assert order("moe_layers", "moe", "w1") == (0, 1, 3, 2)  # layers, experts, outputs, inputs
+    assert order("moe_layers", "attn", "wq_b") == (2, 3, 0, 1)
+    assert order("moe_layers", "attn", "wo") == (3, 0, 1, 2)
+    assert order("moe_layers", "attn", "wkv_b") == (0, 1, 2, 3)
+    assert order("embed") == (0, 1)
+    np.testing.assert_array_equal(all_logits()(laid, bias, tokens()), expected)
 
 
 @pytest.mark.slow

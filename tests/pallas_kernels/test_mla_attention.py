@@ -21,13 +21,14 @@ from pallas_kernels.tpu import mla_attention as tpu
 SCALE = 0.07
 LAYERS = 2
 
-# T, N, S and the lengths of the rows. S is off every multiple of the block; a row is empty, one is
-# full to the last query and one past it; some queries stand before slot 0 and see nothing.
+# T, N, S and the lengths of the rows. S is off every multiple of the block, though of 8, which the
+# Hopper kernel wants; a row is empty, one is full to the last query and one past it; some queries
+# stand before slot 0 and see nothing.
 CASES = [
-    (1, 16, 300, [0, 1, 127, 299]),
-    (2, 128, 300, [0, 255, 256, 298]),
+    (1, 16, 296, [0, 1, 127, 295]),
+    (2, 128, 296, [0, 255, 256, 294]),
     (3, 16, 200, [-3, -1, 128, 199]),
-    (1, 1, 100, [57]),
+    (1, 1, 104, [57]),
     (3, 1, 256, [253, 0]),
     (5, 128, 200, [150]),
 ]
@@ -194,26 +195,69 @@ needs_hopper_kernel = pytest.mark.skipif(
 @needs_hopper_kernel
 @simulated_and_real
 @each_case
-@pytest.mark.parametrize("unseen", [3e38, np.nan])
-def test_hopper(T, N, S, lengths, unseen, interpret):
+@pytest.mark.parametrize("unseen", [1e30, np.nan])  # the simulation raises where 3e38 overflows
+@pytest.mark.parametrize("deferred", [True, False])
+def test_hopper(T, N, S, lengths, unseen, deferred, interpret):
     from pallas_kernels.hopper import mla_attention as hopper
 
+    # A cluster cannot be simulated before 0.12.
+    schedule = hopper.Schedule(deferred, shared=not interpret)
     args = *draw(T, N, S, lengths, R=512, P=64, unseen=unseen), jnp.int32(1)
-    got = run(hopper.mla_decode, *args, options=(("interpret", interpret),))
+    options = ("interpret", interpret), ("schedule", schedule)
+    got = run(hopper.mla_decode, *args, options=options)
     assert_near(got, in_float32(*args))
+
+
+@needs_hopper_kernel
+@needs_simulation
+@pytest.mark.parametrize("splits", [2, 5])
+def test_hopper_adds_up_parts_of_rows(splits):
+    """Also where a part of a row has no slots at all."""
+    from pallas_kernels.hopper import mla_attention as hopper
+
+    args = *draw(1, 16, 296, [0, 130, 295], R=512, P=64, unseen=np.nan), jnp.int32(1)
+    got = run(hopper.mla_decode, *args, options=(("interpret", True), ("splits", splits)))
+    assert_near(got, in_float32(*args))
+
+
+@needs_hopper_kernel
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="needs jax 0.11")
+@pytest.mark.parametrize("batch", [1, 128])
+def test_hopper_lowers_at_the_shape_of_v3(batch):
+    from pallas_kernels.hopper import mla_attention as hopper
+
+    def like(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    cache = like(2, batch, 4096, 512), like(2, batch, 4096, 64)
+    queries = like(batch, 1, 128, 512), like(batch, 1, 128, 64)
+    lengths = like(batch, dtype=jnp.int32)
+    decode = jax.jit(functools.partial(hopper.mla_decode, scale=SCALE))
+    traced = decode.trace(*queries, *cache, lengths, like(dtype=jnp.int32))
+    assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_slots_the_hopper_kernel_cannot_take():
+    shapes = (2, 1, 128, 512), (2, 1, 128, 64)
+    for slots, fits in [(64, True), (296, True), (56, False), (300, False)]:
+        cache = (3, 2, slots, 512), (3, 2, slots, 64)
+        arrays = [jnp.zeros(shape, jnp.bfloat16) for shape in shapes + cache]
+        assert mla_attention._hopper_can(*arrays) == fits
 
 
 @pytest.mark.gpu
 @needs_hopper_kernel
 @pytest.mark.parametrize("T", [1, 2, 3])
 @pytest.mark.parametrize("splits", [None, 1, 5])
-def test_hopper_on_long_rows(T, splits):
+@pytest.mark.parametrize("shared", [True, False])
+def test_hopper_on_long_rows(T, splits, shared):
     from pallas_kernels.hopper import mla_attention as hopper
 
     args = *draw(T, 128, 5000, [4990, 0, 63, 2048], R=512, P=64, unseen=np.nan), jnp.int32(1)
-    got = run(hopper.mla_decode, *args, options=(("splits", splits),))
+    options = ("splits", splits), ("schedule", hopper.Schedule(shared=shared))
+    got = run(hopper.mla_decode, *args, options=options)
     assert_near(got, in_float32(*args))
-    np.testing.assert_array_equal(got, run(hopper.mla_decode, *args, options=(("splits", splits),)))
+    np.testing.assert_array_equal(got, run(hopper.mla_decode, *args, options=options))
 
 
 # --- the choice -------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Format, Layout
 from jaxtyping import Array, Float
 
 from deepseek_jax import sharding
@@ -142,6 +143,10 @@ def serving_params(model: DeepSeekV3, params: Params) -> Params:
     ]
     if mesh.empty:
         cast = [x.astype(dtype) for (_, x), dtype in zip(leaves, dtypes, strict=True)]
+        if sharding.platform() in ("gpu", "cuda"):
+            cast = [
+                _for_gpu(p[-1].key, x, n) for (p, _), x, n in zip(leaves, cast, own, strict=True)
+            ]
         return jax.tree.unflatten(tree, cast)
     where = jax.tree.leaves(sharding.param_shardings(mesh, axes, params, stored=False))
     # What is in FP8 is never trained, so its buffers can be shared with whoever holds them.
@@ -161,6 +166,22 @@ _axes = functools.lru_cache(maxsize=8)(logical_axes)
 def _stays(name: str, dtype: Any, names: tuple[str | None, ...]) -> bool:
     beside = name.endswith((SCALE, LORA_A, LORA_B))
     return names[-1] == "norm" or name == "gate" or dtype == jnp.float8_e4m3fn or beside
+
+
+def _for_gpu(name: str, x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
+    """FP8 tensor cores want the contracted axis last: in memory it then is, whatever the shape.
+
+    Else every call would begin with transposing the matrices of all layers, and hold both. Where
+    the layers' axis must lie for that is what XLA makes of a transpose in the loop over layers:
+    beside the experts', but else beside the contracted one. Not ``wkv_b``, which decoding
+    multiplies out in the order of its axes.
+    """
+    if x.dtype != jnp.float8_e4m3fn or name == "wkv_b":
+        return x
+    lead, split = sharding.matrix_axes(names)
+    stack, inputs, outputs = range(lead), range(lead, split), range(split, x.ndim)
+    order = (*stack, *outputs, *inputs) if "expert" in names else (*outputs, *stack, *inputs)
+    return jax.device_put(x, Format(Layout(order), x.sharding))
 
 
 @functools.lru_cache(maxsize=8)
@@ -223,7 +244,9 @@ class Engine:
         dtype = self.model.precision.compute_dtype
         if config.cache_dtype == "fp8":
             dtype = jnp.float8_e4m3fn
-        sizes = (config.max_length, dtype, config.drafts)
+        # Kernels copy slots eight at a time.
+        self._slots = -(-config.max_length // 8) * 8
+        sizes = (self._slots, dtype, config.drafts)
         routing, most = config.keep_routing, min(config.keep_top_k, c.vocab_size)
         self._state = self._empty(
             lambda: programs.init_slots(
@@ -254,7 +277,7 @@ class Engine:
         """Of one token in all layers, the MTP modules' included where they draft."""
         caches = [c for c in (self._state.cache, self._state.mtp) if c is not None]
         each = [x for c in caches for x in jax.tree.leaves(c) if x.ndim > 1]
-        return sum(x.nbytes for x in each) // (self._rows * self.config.max_length)
+        return sum(x.nbytes for x in each) // (self._rows * self._slots)
 
     @property
     def weight_bytes(self) -> int:

@@ -5,6 +5,7 @@ compiled once for given numbers of slots and lanes, whatever the lengths of what
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -140,7 +141,36 @@ def _per_device(fn: Any, model: DeepSeekV3, params: Params, *others: Any) -> Any
     return sharding.per_device(fn, in_specs=(weights, everywhere, *others), out_specs=others[0])
 
 
-@functools.partial(jax.jit, static_argnames="model", donate_argnames="lanes")
+# What XLA would do on a GPU for products of few rows costs more than the products: its Triton
+# kernels want a layer's matrix copied out of the stack of all layers first, where cuBLAS reads it
+# in place; and matrices that multiply the same rows are joined into one, anew in every step.
+_GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
+
+
+class _Program:
+    """A function under ``jax.jit``, with ``_GPU_OPTIONS`` where it is called for a GPU."""
+
+    def __init__(self, fn: Callable[..., Any], **options: Any):
+        functools.update_wrapper(self, fn)
+        on_gpu = functools.partial(jax.jit, compiler_options=_GPU_OPTIONS)
+        self._jitted = {gpu: (on_gpu if gpu else jax.jit)(fn, **options) for gpu in (True, False)}
+
+    def _here(self) -> Any:
+        return self._jitted[sharding.platform() in ("gpu", "cuda")]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._here()(*args, **kwargs)
+
+    def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
+        """As a jitted function's."""
+        return self._here().lower(*args, **kwargs)
+
+
+def _compiled(**options: Any) -> Callable[[Callable[..., Any]], _Program]:
+    return functools.partial(_Program, **options)
+
+
+@_compiled(static_argnames="model", donate_argnames="lanes")
 def prefill(
     model: DeepSeekV3,
     params: Params,
@@ -208,7 +238,7 @@ def _put_experts(
     return at.set(new_LBTK.astype(kept_LBSK.dtype), mode="drop")
 
 
-@functools.partial(jax.jit, static_argnames="model", donate_argnames="slots")
+@_compiled(static_argnames="model", donate_argnames="slots")
 def start(
     model: DeepSeekV3,
     params: Params,
@@ -383,7 +413,7 @@ def _emit(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("model", "rounds"), donate_argnames="slots")
+@_compiled(static_argnames=("model", "rounds"), donate_argnames="slots")
 def decode(
     model: DeepSeekV3,
     params: Params,
