@@ -2,7 +2,7 @@
 
     PYTHONPATH=src:. python benchmarks/mla_decode.py
     PYTHONPATH=src:. python benchmarks/mla_decode.py --batch 8 --cache 32768 --queries 1 2 4
-    PYTHONPATH=src:. python benchmarks/mla_decode.py --schedules --only kernel
+    PYTHONPATH=src:. python benchmarks/mla_decode.py --splits 1 2 4 --only kernel
 
 V3's shape: 128 heads, latents of 512 and 64, every row full. Beside each time stand the bytes of
 the cache over it, as a share too of what a copy reaches in the same run, and the products. All is
@@ -106,21 +106,6 @@ def copy_bandwidth() -> float:
     return 2 * x.nbytes / median_seconds(jax.jit(jnp.copy), [(x,)])
 
 
-def _hopper_ways(schedules: bool, splits: list[int]) -> dict[str, Callable]:
-    from pallas_kernels.hopper import mla_attention as hopper
-
-    ways: dict[str, Callable] = {}
-    if schedules:
-        for deferred, shared in [(True, False), (False, True), (False, False)]:
-            options = hopper.Schedule(deferred, shared)
-            label = f"kernel, {'deferred' if deferred else 'at once'}"
-            label += ", shared" if shared else ", alone"
-            ways[label] = functools.partial(hopper.mla_decode, schedule=options)
-    for count in splits:
-        ways[f"kernel, {count} splits"] = functools.partial(hopper.mla_decode, splits=count)
-    return ways
-
-
 def main():
     """Parse the command line and print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -128,7 +113,6 @@ def main():
     parser.add_argument("--cache", type=int, nargs="+", default=[4096], help="slots, all filled")
     parser.add_argument("--queries", type=int, nargs="+", default=[1, 2], help="per row")
     parser.add_argument("--impl", default="hopper", help="the kernel: hopper or tpu")
-    parser.add_argument("--schedules", action="store_true", help="of the Hopper kernel: all")
     parser.add_argument("--splits", type=int, nargs="*", default=[], help="of the Hopper kernel")
     parser.add_argument("--only", default="", help="rows whose label holds this")
     arguments = parser.parse_args()
@@ -141,7 +125,10 @@ def main():
         "the model's loop": _model_loop,
         "reference": reference.mla_decode,
     }
-    ways |= _hopper_ways(arguments.schedules, arguments.splits)
+    for count in arguments.splits:
+        from pallas_kernels.hopper import mla_attention as hopper
+
+        ways[f"kernel, {count} splits"] = functools.partial(hopper.mla_decode, splits=count)
     ways = {label: way for label, way in ways.items() if arguments.only in label}
     for slots in arguments.cache:
         for queries in arguments.queries:

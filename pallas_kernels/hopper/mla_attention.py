@@ -10,7 +10,7 @@ for both.
 
 In cycles of a multiprocessor, a block of keys takes 1152 of the tensor cores for its scores and 512
 for either half of the result; its softmax about 700 of the first warpgroup alone. So the second
-half is multiplied while the first warpgroup is at the softmax of the block after (`Schedule`). Two
+half is multiplied while the first warpgroup is at the softmax of the block after. Two
 blocks of keys are all that shared memory holds, so nothing of a block is kept for longer than that:
 the one after the next arrives meanwhile.
 
@@ -23,7 +23,7 @@ Bound, at 128 queries a row, by memory and arithmetic about alike: 2 (R + P) byt
 import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +60,6 @@ def mla_decode(
     *,
     scale: float,
     splits: int | None = None,
-    schedule: "Schedule | None" = None,
     interpret: bool = False,
 ) -> Float[Array, "B T N R"]:
     """See `pallas_kernels.mla_attention.mla_decode`; queries and cache in bfloat16.
@@ -74,7 +73,6 @@ def mla_decode(
         layer: Which of the layers.
         scale: Of the scores.
         splits: Parts that each row's slots are divided into; default: by `choose_splits`.
-        schedule: See `Schedule`.
         interpret: Simulate on the CPU.
 
     Raises:
@@ -97,9 +95,7 @@ def mla_decode(
         jnp.pad(q.reshape(B, queries, -1), ((0, 0), (0, rows - queries), (0, 0)))
         for q in (q_nope_BTNR, q_pe_BTNP)
     )
-    kernel = _Kernel(
-        B, rows, S, N, T, splits, scale * math.log2(math.e), interpret, schedule or Schedule()
-    )
+    kernel = _Kernel(B, rows, S, N, T, splits, scale * math.log2(math.e), interpret)
     out, *top = kernel.call()(
         length_B.astype(jnp.int32),
         jnp.asarray(layer, jnp.int32).reshape(1),
@@ -125,18 +121,9 @@ def choose_splits(rows: int, row_blocks: int, slots: int, multiprocessors: int) 
     def cost(splits: int) -> float:
         turns = pl.cdiv(rows * row_blocks * splits, multiprocessors)
         adding = _ADDING[0] + _ADDING[1] * rows * row_blocks * splits if splits > 1 else 0
-        return turns * (pl.cdiv(blocks, splits) + _START) + adding
+        return float(turns * (pl.cdiv(blocks, splits) + _START) + adding)
 
     return min(range(1, min(blocks, multiprocessors) + 1), key=cost)
-
-
-class Schedule(NamedTuple):
-    """How the work is laid out in time and over blocks of threads."""
-
-    deferred: bool = True
-    """The right half of the result waits for the next block's scores, to run under the softmax."""
-    shared: bool = True
-    """Two blocks of threads fetch half of every block of keys each, for both."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,11 +139,10 @@ class _Kernel:
     scale: float  # for powers of two
     interpret: bool
 
-    schedule: "Schedule"
-
     @property
     def cluster(self) -> int:
-        return 1 if self.rows // _ROWS % 2 or not self.schedule.shared else 2
+        """Blocks that share the fetching; one in the simulation, which knows no other till 0.12."""
+        return 1 if self.rows // _ROWS % 2 or self.interpret else 2
 
     def call(self):
         tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
@@ -301,8 +287,7 @@ class _Kernel:
                 return scores[...]
 
             scores = pl.run_scoped(products, plgpu.ACC(shape, jnp.float32))
-            if self.schedule.deferred:
-                plgpu.barrier_arrive(refs["scored"])
+            plgpu.barrier_arrive(refs["scored"])
             if masked:
                 iota = functools.partial(
                     plgpu.broadcasted_iota, jnp.int32, shape, layout=plgpu.Layout.WGMMA
@@ -344,18 +329,18 @@ class _Kernel:
         plgpu.barrier_wait(refs["weights_free"])
         refs["factors"][...] = inverse
         plgpu.barrier_arrive(refs["factors_full"])
-        if self.schedule.deferred:  # not earlier: the other must have seen the one before
-            plgpu.barrier_arrive(refs["scored"])
+        # Not earlier: the other must have seen the one before.
+        plgpu.barrier_arrive(refs["scored"])
         return total * spread(inverse, total), top + jnp.log2(below)
 
     def right(self, end, first, last, refs):
         """The right half of the result, with the weights of the other warpgroup."""
         ring = Ring(_STAGES)
-        if self.schedule.deferred:
-            # Before anything is given back: the scores after the first must not come unseen.
-            @pl.when(first < last)
-            def _():
-                plgpu.barrier_wait(refs["scored"])
+
+        # Before anything is given back: the scores after the first must not come unseen.
+        @pl.when(first < last)
+        def _():
+            plgpu.barrier_wait(refs["scored"])
 
         plgpu.barrier_arrive(refs["weights_free"])
 
@@ -376,8 +361,7 @@ class _Kernel:
             total = scaled(total, factor)
             plgpu.barrier_wait(refs["right_full"].at[slot])
             self._clear(values, block, end)
-            if self.schedule.deferred:
-                plgpu.barrier_wait(refs["scored"])
+            plgpu.barrier_wait(refs["scored"])
             total = self._add(total, weights, values)
             plgpu.barrier_arrive(refs["right_free"].at[slot])
             return ring.next_slot(slot), total

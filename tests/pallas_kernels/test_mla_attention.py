@@ -196,15 +196,11 @@ needs_hopper_kernel = pytest.mark.skipif(
 @simulated_and_real
 @each_case
 @pytest.mark.parametrize("unseen", [1e30, np.nan])  # the simulation raises where 3e38 overflows
-@pytest.mark.parametrize("deferred", [True, False])
-def test_hopper(T, N, S, lengths, unseen, deferred, interpret):
+def test_hopper(T, N, S, lengths, unseen, interpret):
     from pallas_kernels.hopper import mla_attention as hopper
 
-    # A cluster cannot be simulated before 0.12.
-    schedule = hopper.Schedule(deferred, shared=not interpret)
     args = *draw(T, N, S, lengths, R=512, P=64, unseen=unseen), jnp.int32(1)
-    options = ("interpret", interpret), ("schedule", schedule)
-    got = run(hopper.mla_decode, *args, options=options)
+    got = run(hopper.mla_decode, *args, options=(("interpret", interpret),))
     assert_near(got, in_float32(*args))
 
 
@@ -249,12 +245,11 @@ def test_slots_the_hopper_kernel_cannot_take():
 @needs_hopper_kernel
 @pytest.mark.parametrize("T", [1, 2, 3])
 @pytest.mark.parametrize("splits", [None, 1, 5])
-@pytest.mark.parametrize("shared", [True, False])
-def test_hopper_on_long_rows(T, splits, shared):
+def test_hopper_on_long_rows(T, splits):
     from pallas_kernels.hopper import mla_attention as hopper
 
     args = *draw(T, 128, 5000, [4990, 0, 63, 2048], R=512, P=64, unseen=np.nan), jnp.int32(1)
-    options = ("splits", splits), ("schedule", hopper.Schedule(shared=shared))
+    options = (("splits", splits),)
     got = run(hopper.mla_decode, *args, options=options)
     assert_near(got, in_float32(*args))
     np.testing.assert_array_equal(got, run(hopper.mla_decode, *args, options=options))
