@@ -16,15 +16,17 @@ A weight may come quantized, as a checkpoint in FP8 has it: it is taken as it is
 What is kept for the backward pass is in FP8: x, quantized along M in the same pass over it as along
 K (the paper keeps the tiles along K and requantizes those; quantizing twice from BF16 rounds once),
 and the quantized weight. Only tokens that arrive in FP8 leave no choice: their tiles are kept, and
-turned round. They carry the names ``fp8_input`` and ``fp8_weight`` for
-`jax.checkpoint`'s policies. Weights in FP32 are quantized from FP32 and get an FP32 gradient.
+turned round. SwiGLU's inputs are kept in tiles of FP8, too (section 3.3.3). For the policies of
+`jax.checkpoint` they carry the names ``fp8_input``, ``fp8_weight`` and ``fp8_gate_up``. Weights in
+FP32 are quantized from FP32 and get an FP32 gradient.
 
 Weights that multiply one x may be given together, as those of ``gate`` and ``up`` in a feed-forward
 network are: x is then quantized once, and the products with all of them are one.
 
 The down projection of a feed-forward network takes ``gate`` and ``up`` instead of x, so that
 ``silu(gate) * up`` never reaches memory: it is quantized where it is computed, in the forward pass
-along one axis, and again in the backward pass along the other (the paper recomputes it likewise).
+along one axis, and again in the backward pass along the other, from the inputs in FP8 (the paper
+recomputes it likewise).
 
 What stays in higher precision is the caller's choice: in V3 the embedding, the output head, the
 router, norms and the core of attention (section 3.3.1).
@@ -51,7 +53,7 @@ from pallas_kernels.quantize import (
     swiglu_quantize_tiles,
     transpose_blocks,
 )
-from pallas_kernels.reference import TILE, Quantized, swiglu
+from pallas_kernels.reference import TILE, Quantized, dequantize, swiglu
 
 Impl = Literal["auto", "hopper", "tpu", "reference"]
 Weights = jax.Array | Quantized | tuple[jax.Array | Quantized, ...]
@@ -171,6 +173,11 @@ def _quantized_input(x_MK, w: Weights, tiles, impl: Impl) -> tuple[Quantized, Qu
     return quantize_tiles_both(x_MK, tiles, impl=_quantizer(impl))
 
 
+def _kept_gate_up(gate_up_MF: jax.Array, impl: Impl) -> Quantized:
+    """SwiGLU's inputs as the backward pass gets them."""
+    return _named(quantize_tiles(gate_up_MF, impl=_quantizer(impl)), "fp8_gate_up")
+
+
 def _like(w: Weights) -> Any:
     """The weights without their rows, to say what their gradients are like; None: there is none."""
     return None if isinstance(w, Quantized) else jax.tree.map(lambda part: part[..., :0, :], w)
@@ -227,14 +234,14 @@ def _grouped_fwd(x_MK, w_GKN, sizes_G, quantized, impl):
         x, x_transposed = quantized, None
     w, w_transposed = _quantized_weight(w_GKN, impl)
     y_MN = fp8_grouped_matmul(x, w_transposed, sizes_G, out_dtype=x_MK.dtype, impl=impl)
-    # What came quantized is turned round in the backward pass: kept, it is what others may keep.
+    # What came quantized is turned round in the backward pass, and its name is the caller's affair.
     rows = None if isinstance(w_GKN, Quantized) else quantized
-    kept = _named((rows, x_transposed), "fp8_input"), _named(w, "fp8_weight")
+    kept = rows, _named(x_transposed, "fp8_input"), _named(w, "fp8_weight")
     return y_MN, (*kept, sizes_G, (x_MK[:0], _like(w_GKN)))
 
 
 def _grouped_bwd(impl, residuals, dy_MN):
-    (rows, x_transposed), w, sizes_G, (like_x, like_w) = residuals
+    rows, x_transposed, w, sizes_G, (like_x, like_w) = residuals
     tiles = ragged_tiles(sizes_G, dy_MN.shape[0])
     dy = quantize_tiles_both(dy_MN, tiles, impl=_quantizer(impl))
     dx_MK = fp8_grouped_matmul(dy.by_row, w, sizes_G, out_dtype=like_x.dtype, impl=impl)
@@ -256,11 +263,13 @@ def _swiglu_linear_fwd(gate_up_MF, w_KN, impl):
     h = swiglu_quantize_tiles(gate_up_MF, impl=_quantizer(impl))
     w, w_transposed = _quantized_weight(w_KN, impl)
     y_MN = fp8_matmul(h, w_transposed, out_dtype=gate_up_MF.dtype, impl=impl)
-    return y_MN, (gate_up_MF, _named(w, "fp8_weight"), _like(w_KN))
+    kept = _kept_gate_up(gate_up_MF, impl), _named(w, "fp8_weight")
+    return y_MN, (*kept, (gate_up_MF[:0], _like(w_KN)))
 
 
 def _swiglu_linear_bwd(impl, residuals, dy_MN):
-    gate_up_MF, w, like_w = residuals
+    gate_up, w, (like_x, like_w) = residuals
+    gate_up_MF = dequantize(gate_up).astype(like_x.dtype)
     dy = quantize_tiles_both(dy_MN, impl=_quantizer(impl))
     dh_MK = fp8_matmul(dy.by_row, w, out_dtype=gate_up_MF.dtype, impl=impl)
     h = swiglu_quantize_tiles(gate_up_MF, axis=0, impl=_quantizer(impl))
@@ -287,11 +296,13 @@ def _swiglu_grouped_fwd(gate_up_MF, factors_M, w_GKN, sizes_G, impl):
     h = swiglu_quantize_tiles(gate_up_MF, factors_M, tiles, impl=_quantizer(impl))
     w, w_transposed = _quantized_weight(w_GKN, impl)
     y_MN = fp8_grouped_matmul(h, w_transposed, sizes_G, out_dtype=gate_up_MF.dtype, impl=impl)
-    return y_MN, (gate_up_MF, factors_M, _named(w, "fp8_weight"), sizes_G, _like(w_GKN))
+    kept = _kept_gate_up(gate_up_MF, impl), factors_M, _named(w, "fp8_weight"), sizes_G
+    return y_MN, (*kept, (gate_up_MF[:0], _like(w_GKN)))
 
 
 def _swiglu_grouped_bwd(impl, residuals, dy_MN):
-    gate_up_MF, factors_M, w, sizes_G, like_w = residuals
+    gate_up, factors_M, w, sizes_G, (like_x, like_w) = residuals
+    gate_up_MF = dequantize(gate_up).astype(like_x.dtype)
     tiles = ragged_tiles(sizes_G, dy_MN.shape[0])
     quantizer = _quantizer(impl)
     dy = quantize_tiles_both(dy_MN, tiles, impl=quantizer)

@@ -120,7 +120,10 @@ def test_groups_do_not_disturb_each_other():
 @implementations
 @pytest.mark.parametrize("grouped", [False, True])
 def test_swiglu_inside(grouped, impl):
-    """The same as the layer of the separately computed SwiGLU, and keeps nothing of it."""
+    """The layer of the separately computed SwiGLU; its gradients are those at rounded inputs.
+
+    Gate and up are kept for the backward pass in FP8 (V3 section 3.3.3), and nothing of SwiGLU.
+    """
     m, k, n = 264 if grouped else 256, 256, 128
     sizes = jnp.asarray([100, 0, 156], jnp.int32)
     gate, w, dy = arrays(m, k, n, jnp.bfloat16, groups=3 if grouped else None)
@@ -141,12 +144,13 @@ def test_swiglu_inside(grouped, impl):
             reference.swiglu(gate_up), w, impl=impl
         )
 
-    def gradients(f):
+    def gradients(f, gate_up):
         y, vjp = jax.vjp(jax.jit(f), gate_up, factors, w)
         return vjp, (y, *jax.jit(vjp)(dy))
 
-    vjp, got = gradients(inside)
-    _, want = gradients(outside)
+    vjp, got = gradients(inside, gate_up)
+    rounded = reference.dequantize(quantize.quantize_tiles(gate_up)).astype(gate_up.dtype)
+    want = (outside(gate_up, factors, w), *gradients(outside, rounded)[1][1:])
     for a, b in zip(got, want, strict=True):
         assert a.dtype == b.dtype
         a, b = (np.asarray(z, np.float32)[:256] for z in (a, b))
@@ -158,10 +162,10 @@ def test_swiglu_inside(grouped, impl):
         assert not exact or np.mean(a != b) < 1e-4
     for rows in (0, 1, 2) if grouped else ():
         assert (np.asarray(got[rows], np.float32)[256:] == 0).all()
-    kept = [a for a in jax.tree.leaves(vjp) if a.size > w.size // 64]
+    kept = [a for a in jax.tree.leaves(vjp) if a.size > m]
     eight_bits = sum(a.size for a in kept if a.dtype == reference.E4M3)
-    assert eight_bits == w.size, "only the weight, and gate and up as they came"
-    assert sum(a.size for a in kept if a.dtype == jnp.bfloat16) == gate_up.size
+    assert eight_bits == w.size + gate_up.size, "the weight, gate and up"
+    assert sum(a.nbytes for a in kept) == eight_bits + 4 * gate_up.size // 128, "and their scales"
 
 
 @implementations

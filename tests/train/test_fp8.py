@@ -129,9 +129,26 @@ def test_activations_kept_for_the_backward_pass_shrink():
     for kind in kept_activations.KINDS:
         assert plain[kind]["float8_e4m3fn"] == 0
         assert fp8[kind].total() < 0.8 * plain[kind].total()
-    # A byte for every input of a product whose weight has a gradient: two projections take
-    # attention's, w1 and w3 the feed-forward network's. That of w2 is recomputed.
+    # A byte for every input of a product whose weight has a gradient (two projections take
+    # attention's; that of w2 is recomputed) and of SwiGLU.
     D, Q, R = c.hidden_size, c.q_lora_rank, c.kv_lora_rank
     attention = 2 * D + Q + R + c.num_attention_heads * c.v_head_dim
-    assert fp8["dense"]["float8_e4m3fn"] == attention + 2 * D
-    assert fp8["MoE"]["float8_e4m3fn"] == attention + 2 * D + 2 * c.num_experts_per_tok * D
+    width, K = c.moe_intermediate_size, c.num_experts_per_tok
+    shared = D + 2 * c.n_shared_experts * width
+    routed = K * (D + 2 * width)
+    assert fp8["dense"]["float8_e4m3fn"] == attention + D + 2 * c.intermediate_size
+    assert fp8["MoE"]["float8_e4m3fn"] == attention + shared + routed
+
+
+def test_what_selective_keeps_shrinks_too():
+    """A token in FP8 instead of nothing, but SwiGLU's inputs in a byte each instead of two."""
+    c, seq_len = preset("small"), 128
+    plain, fp8 = (
+        kept_activations.per_layer(c, Precision(matmuls=m), "selective", seq_len)
+        for m in kept_activations.FORMATS
+    )
+    width = c.moe_intermediate_size * (c.n_shared_experts + c.num_experts_per_tok)
+    assert fp8["MoE"]["float8_e4m3fn"] == c.hidden_size + 2 * width
+    assert fp8["dense"]["float8_e4m3fn"] == 2 * c.intermediate_size
+    for kind in kept_activations.KINDS:
+        assert fp8[kind].total() < 0.8 * plain[kind].total()

@@ -142,7 +142,10 @@ def local_experts(
     with jax.named_scope("dispatch"):
         pairs = sorted_pairs(experts_TK, E, experts_TK.size if most is None else most)
         pairs = jax.tree.map(lambda a: checkpoint_name(a, "dispatch"), pairs)
-        fp8 = fp8 or fp8_rows(x_TD, precision)
+        # Kept by its token and not by its pair: gathered again it costs less than the memory.
+        fp8 = jax.tree.map(
+            lambda a: checkpoint_name(a, "dispatch"), fp8 or fp8_rows(x_TD, precision)
+        )
         x_MD = to_pairs(x_TD.astype(precision.compute_dtype), pairs, fp8 is not None)
         fp8 = fp8 and fp8.take(pairs.token_M)
         each = Pairs(pairs.choice_M, pairs.choice_M, pairs.slot_TK.reshape(-1, 1), pairs.sizes_G)
@@ -166,7 +169,6 @@ def _experts(
     if fp8 is not None:
         rows = Quantized(fp8.values_TD, fp8.scales_Tk.T)
         gate_up = fp8_grouped_linear(x_MD, (w1_EDF, w3_EDF), sizes_G, quantized=rows)
-        gate_up = checkpoint_name(gate_up, "ffn_gate_up")
         return fp8_grouped_swiglu_linear(gate_up, gates_M1[:, 0], w2_EFD, sizes_G)
     times: Any = functools.partial(grouped_matmul, group_sizes_G=sizes_G)
     gate, up = (checkpoint_name(times(x_MD, w), "ffn_gate_up") for w in (w1_EDF, w3_EDF))

@@ -294,8 +294,8 @@ class FeedForward(ParamModule):
         def ffn(x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
             if self.precision.matmuls == "fp8":
                 x_MD = x_BTD.astype(self.precision.compute_dtype).reshape(-1, D)
-                gate_up = checkpoint_name(fp8_linear(x_MD, (w1_DF, w3_DF)), "ffn_gate_up")
-                out = fp8_swiglu_linear(gate_up, w2_FD).reshape(x_BTD.shape)
+                out = fp8_swiglu_linear(fp8_linear(x_MD, (w1_DF, w3_DF)), w2_FD)
+                out = out.reshape(x_BTD.shape)
             else:
                 gate, up = (
                     checkpoint_name(linear(x_BTD, w, self.precision), "ffn_gate_up")

@@ -36,7 +36,7 @@ _KEPT = (
     "router",
     "dispatch",
     "ffn_gate_up",
-    "fp8_input",
+    "fp8_gate_up",
 )
 
 
