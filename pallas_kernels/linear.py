@@ -39,7 +39,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt8
 
 from pallas_kernels import backend
 from pallas_kernels.grouped_matmul import fp8_grouped_matmul, fp8_grouped_wgrad
@@ -53,7 +53,7 @@ from pallas_kernels.quantize import (
     swiglu_quantize_tiles,
     transpose_blocks,
 )
-from pallas_kernels.reference import TILE, Quantized, dequantize, swiglu
+from pallas_kernels.reference import E4M3, TILE, Quantized, dequantize, swiglu
 
 Impl = Literal["auto", "hopper", "tpu", "reference"]
 Weights = jax.Array | Quantized | tuple[jax.Array | Quantized, ...]
@@ -137,6 +137,20 @@ def fp8_grouped_swiglu_linear(
     """
     args = backend.varying_alike(gate_up_MF, factors_M, w_GKN, group_sizes_G)
     return _swiglu_grouped(*args, impl)
+
+
+def as_bytes(values: Float[Array, "..."]) -> UInt8[Array, "..."]:
+    """E4M3 as bytes, as which it may be kept for a backward pass and used in the forward pass, too.
+
+    JAX passes what `jax.checkpoint` does both with through ``reduce_precision``, which takes E4M3
+    for a format of IEEE 754: its largest exponent for infinity, so that 256 and more become NaN.
+    """
+    return jax.lax.bitcast_convert_type(values, jnp.uint8)
+
+
+def from_bytes(values: UInt8[Array, "..."]) -> Float[Array, "..."]:
+    """`as_bytes` undone."""
+    return jax.lax.bitcast_convert_type(values, E4M3)
 
 
 def _one_by_one(w: Weights) -> bool:
@@ -235,7 +249,9 @@ def _grouped_fwd(x_MK, w_GKN, sizes_G, quantized, impl):
     w, w_transposed = _quantized_weight(w_GKN, impl)
     y_MN = fp8_grouped_matmul(x, w_transposed, sizes_G, out_dtype=x_MK.dtype, impl=impl)
     # What came quantized is turned round in the backward pass, and its name is the caller's affair.
-    rows = None if isinstance(w_GKN, Quantized) else quantized
+    rows = None
+    if quantized is not None and not isinstance(w_GKN, Quantized):
+        rows = as_bytes(quantized.values), quantized.scale
     kept = rows, _named(x_transposed, "fp8_input"), _named(w, "fp8_weight")
     return y_MN, (*kept, sizes_G, (x_MK[:0], _like(w_GKN)))
 
@@ -246,7 +262,8 @@ def _grouped_bwd(impl, residuals, dy_MN):
     dy = quantize_tiles_both(dy_MN, tiles, impl=_quantizer(impl))
     dx_MK = fp8_grouped_matmul(dy.by_row, w, sizes_G, out_dtype=like_x.dtype, impl=impl)
     if rows is not None:
-        x_transposed = requantize_tiles(rows, tiles, impl=_quantizer(impl))
+        q = Quantized(from_bytes(rows[0]), rows[1])
+        x_transposed = requantize_tiles(q, tiles, impl=_quantizer(impl))
     wgrad = functools.partial(fp8_grouped_wgrad, x_transposed, tiles=tiles, impl=impl)
     return dx_MK, _wgrads(wgrad, dy.by_column, like_w), None, None
 

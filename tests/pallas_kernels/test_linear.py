@@ -203,6 +203,29 @@ def test_weights_side_by_side(grouped, impl):
         )
 
 
+@pytest.mark.parametrize("policy", [jax.checkpoint_policies.everything_saveable, None])
+def test_tokens_in_fp8_survive_rematerialisation(policy):
+    """What `jax.checkpoint` keeps must still be E4M3, whose numbers reach to 448."""
+    sizes = jnp.asarray([100, 156], jnp.int32)
+    x, w, dy = arrays(256, 128, 128, jnp.bfloat16, groups=2)
+    q = quantize.quantize_tiles(x, power_of_two=True)
+    assert jnp.abs(q.values.astype(jnp.float32)).max() >= 256
+    tokens = linear.as_bytes(q.values)
+
+    def layer(x, w, tokens):
+        rows = reference.Quantized(linear.from_bytes(tokens), q.scale)
+        return linear.fp8_grouped_linear(x, w, sizes, quantized=rows)
+
+    def gradients(f):
+        y, vjp = jax.vjp(lambda x, w: f(x, w, tokens), x, w)
+        return y, *vjp(dy)
+
+    got = gradients(jax.jit(jax.checkpoint(layer, policy=policy)))
+    for a, b in zip(got, gradients(jax.jit(layer)), strict=True):
+        np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
+        assert np.isfinite(np.asarray(a, np.float32)).all()
+
+
 def test_what_is_kept_for_the_backward_pass_is_in_fp8():
     x, w, _ = arrays(256, 384, 512, jnp.bfloat16)
     _, vjp = jax.vjp(linear.fp8_linear, x, w)

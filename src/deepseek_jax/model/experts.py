@@ -6,12 +6,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt8
 
 from deepseek_jax.config import Precision
 from deepseek_jax.model.layers import Weight, swiglu
 from pallas_kernels.grouped_matmul import grouped_matmul
-from pallas_kernels.linear import fp8_grouped_linear, fp8_grouped_swiglu_linear
+from pallas_kernels.linear import (
+    as_bytes,
+    fp8_grouped_linear,
+    fp8_grouped_swiglu_linear,
+    from_bytes,
+)
 from pallas_kernels.quantize import Quantized, quantize_tiles
 
 
@@ -45,10 +50,11 @@ class Fp8Rows(NamedTuple):
 
     V3 section 3.3.3: quantized once, before dispatch, with scales that are powers of two. A
     gradient has no place in E4M3. It flows through the tokens in the compute dtype, which go
-    along as zeros that nobody reads and XLA therefore does not make.
+    along as zeros that nobody reads and XLA therefore does not make. Neither has E4M3 a place among
+    what is kept for the backward pass (see `pallas_kernels.linear.as_bytes`), so these are bytes.
     """
 
-    values_TD: Float[Array, "T D"]
+    values_TD: UInt8[Array, "T D"]
     scales_Tk: Float[Array, "T k"]
 
     def take(self, rows_M: Int[Array, "M"]) -> "Fp8Rows":
@@ -62,7 +68,7 @@ def fp8_rows(x_TD: Float[Array, "T D"], precision: Precision) -> Fp8Rows | None:
         return None
     x_TD = jax.lax.stop_gradient(x_TD.astype(precision.compute_dtype))
     q = quantize_tiles(x_TD, power_of_two=True)
-    return Fp8Rows(q.values, q.scale.T)
+    return Fp8Rows(as_bytes(q.values), q.scale.T)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -167,7 +173,7 @@ def _experts(
     """Of every pair, gate * FFN(x) by its own expert."""
     w1_EDF, w3_EDF, w2_EFD = weights
     if fp8 is not None:
-        rows = Quantized(fp8.values_TD, fp8.scales_Tk.T)
+        rows = Quantized(from_bytes(fp8.values_TD), fp8.scales_Tk.T)
         gate_up = fp8_grouped_linear(x_MD, (w1_EDF, w3_EDF), sizes_G, quantized=rows)
         return fp8_grouped_swiglu_linear(gate_up, gates_M1[:, 0], w2_EFD, sizes_G)
     times: Any = functools.partial(grouped_matmul, group_sizes_G=sizes_G)
