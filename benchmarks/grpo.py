@@ -56,7 +56,13 @@ def ours(args: argparse.Namespace, folder: Path, out: Path) -> list[Times]:
             slots=rows,
         ),
         objective=ObjectiveConfig(kl_coef=0.0),
-        loop=LoopConfig(steps=args.steps, batch_size=rows, eval_every=0, save_every=args.steps),
+        loop=LoopConfig(
+            steps=args.steps,
+            batch_size=rows,
+            micro_batch=args.micro_batch,
+            eval_every=0,
+            save_every=args.steps,
+        ),
         eval_tasks=1,
         eval_samples=1,
         show_every=1000,
@@ -161,6 +167,9 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--group", type=int, default=8)
     parser.add_argument("--new", type=int, default=64)
+    parser.add_argument(
+        "--micro-batch", type=int, help="completions at a time in our training half; default: all"
+    )
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--experts", nargs="*", default=["eager", "grouped_mm"])
     args = parser.parse_args()

@@ -40,7 +40,8 @@ class Op(NamedTuple):
     scope: str
     """The whole name that the program gives it."""
     milliseconds: float
-    """Over all devices and steps in the profile."""
+    """Over all devices and steps in the profile; on CPU over all threads, so that two cores at work
+    make two milliseconds of one."""
     times: int
 
 

@@ -68,7 +68,9 @@ class Run:
     def __init__(self, config: ModelConfig, mesh_text: str, arguments: argparse.Namespace):
         """Compile and make the first step."""
         self.name = mesh_text
-        precision = Precision(params=arguments.params, matmuls=arguments.matmuls)
+        precision = Precision(
+            params=arguments.params, compute=arguments.compute, matmuls=arguments.matmuls
+        )
         parallel = ExpertParallel(arguments.dispatcher)
         model = DeepSeekV3(
             config, precision, arguments.remat, parallel, whole_rows=not arguments.documents
@@ -116,6 +118,7 @@ def main() -> None:
     parser.add_argument("--remat", default="none", choices=["none", "selective", "full"])
     parser.add_argument("--matmuls", default="compute", choices=["compute", "fp8"])
     parser.add_argument("--params", default="float32")
+    parser.add_argument("--compute", default="bfloat16", help="float32 on CPUs")
     parser.add_argument("--moments", default="float32")
     parser.add_argument("--mesh", default="data=-1")
     parser.add_argument("--dispatcher", default="auto", choices=["auto", "ragged", "ring"])
