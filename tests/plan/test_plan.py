@@ -125,7 +125,7 @@ def test_bad_input(no_compile, tmp_path, changes, named):
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        ("--topology gpu:8", "GPUs cannot be compiled for"),
+        ("--topology gpu:8", "GPUs are not planned for"),
         ("--topology v5p:2x2x1 --model v9", "no preset 'v9'"),
         ("--topology v5p:2x2x1 --mesh fsdp=3", "asks for 3 devices, but there are 8"),
     ],

@@ -29,7 +29,7 @@ from deepseek_jax.types import UserError
 
 @dataclass(frozen=True)
 class PlanConfig:
-    """A step to compile ahead of time. TPU slices alone: XLA compiles for GPUs only on one."""
+    """A step to compile ahead of time. TPU slices alone."""
 
     model: ModelConfig = field(default_factory=lambda: preset("v3"))
     topology: str = "v5p:8x16x16"

@@ -75,7 +75,7 @@ def parse_topology(text: str) -> Topology:
     """
     kind, _, sizes = text.strip().lower().partition(":")
     if kind not in CHIPS:
-        gpu = " (GPUs cannot be compiled for without one present)" if _is_gpu(kind) else ""
+        gpu = " (GPUs are not planned for yet)" if _is_gpu(kind) else ""
         raise UserError(
             f"unknown topology {text!r}{gpu}; write one of {', '.join(CHIPS)} and the slice's "
             "sizes, as in v5p:4x4x4 or v6e:16x16."
