@@ -1,5 +1,8 @@
 """Meshes by name, and the table of axes."""
 
+import types
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,6 +71,20 @@ def test_an_axis_that_only_stores_is_left_out_where_it_does_not_divide():
         "context", ("tensor", "expert")
     )
     assert sharding.param_spec(mesh, ("embed", "mlp"), (25, 41)) == P(("fsdp", "context"), "tensor")
+
+
+@pytest.mark.parametrize(
+    ("platform", "processes", "expert", "some"),
+    [("gpu", 1, 2, True), ("gpu", 2, 2, False), ("gpu", 1, 1, False), ("tpu", 1, 2, False)],
+)
+def test_options_are_for_exchanges_among_the_gpus_of_one_process(platform, processes, expert, some):
+    def device(i):
+        return types.SimpleNamespace(platform=platform, process_index=i * processes // 2)
+
+    mesh = mock.create_autospec(jax.sharding.Mesh, instance=True)
+    mesh.devices = np.array([device(i) for i in range(2)])
+    mesh.shape = {"data": 2 // expert, "expert": expert}
+    assert bool(sharding.exchange_options(mesh)) == some
 
 
 def test_a_message_in_pieces_is_the_message():

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from deepseek_jax import distributed
+from deepseek_jax import distributed, sharding
 from deepseek_jax.checkpoint import Checkpointer, Restored
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.data.feed import Feed, TrainRows, make_feed
@@ -263,11 +263,14 @@ def jit_step(step: TrainStep, state: TrainState) -> TrainStep:
     """Compile with donation; every leaf stays where it was, and every process sees the metrics."""
     where = jax.tree.map(lambda x: x.sharding, state)
     (platform,) = {device.platform for device in where.step.device_set}
+    options = dict(_COMPILER_OPTIONS.get(platform, {}))
+    if isinstance(mesh := getattr(where.step, "mesh", None), Mesh):
+        options |= sharding.exchange_options(mesh)
     return jax.jit(
         step,
         donate_argnums=0,
         out_shardings=(where, where.step),
-        compiler_options=_COMPILER_OPTIONS.get(platform),
+        compiler_options=options or None,
     )
 
 
