@@ -26,7 +26,6 @@ import jax
 import tyro
 
 from deepseek_jax.data.tasks import addition_demonstration
-from deepseek_jax.report import Progress, summary_table
 from deepseek_jax.rewards import Completion, Term, numeric
 from deepseek_jax.train.reward_terms import RewardConfig
 from experiments.grpo_setting import (
@@ -156,8 +155,7 @@ def main() -> None:
         before = clock.left
         one_seed(run, recipe, report, seed)
         took = before - clock.left
-    with Progress(1) as console:
-        console.console.print(summary_table(report.rows))
+    report.table()
 
 
 if __name__ == "__main__":

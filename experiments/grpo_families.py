@@ -29,7 +29,6 @@ import tyro
 
 from deepseek_jax.checkpoint.files import write_json_lines
 from deepseek_jax.data.tasks import Task, content_hash, read_jsonl
-from deepseek_jax.report import Progress, summary_table
 from deepseek_jax.rewards import Completion
 from deepseek_jax.train.reward_terms import RewardConfig
 from experiments.grpo_setting import (
@@ -264,8 +263,7 @@ def main() -> None:
                 partial(one, report, run.out, recipe, texts, seed, until),
             )
         took = before - clock.left
-    with Progress(1) as console:
-        console.console.print(summary_table(report.rows))
+    report.table()
 
 
 if __name__ == "__main__":

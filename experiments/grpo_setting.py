@@ -33,7 +33,7 @@ from deepseek_jax.evaluate import solve
 from deepseek_jax.generate import Engine, EngineConfig, Sampling
 from deepseek_jax.model.transformer import DeepSeekV3, sharded_params
 from deepseek_jax.presets import preset
-from deepseek_jax.report import plot_runs, read_metrics
+from deepseek_jax.report import Progress, plot_runs, read_metrics, summary_table
 from deepseek_jax.rewards import Reward, Term
 from deepseek_jax.train.grpo import GRPO_OPTIM, GrpoConfig, grpo, longest_prompt
 from deepseek_jax.train.loop import LoopConfig
@@ -365,6 +365,13 @@ class Report:
         name = f"{recipe.name} {way} {seed}"
         self.runs[name] = metrics
         self.said += _transcripts(name, folder)
+
+    def table(self) -> None:
+        """What matters most, in the 80 columns of a console; ``results.json`` has the rest."""
+        names = ("way", "seed", "steps", "kind", "greedy", "pass@1", "pass@4", "format")
+        rows = [{name: row[name] for name in names if name in row} for row in self.rows]
+        with Progress(1) as progress:
+            progress.console.print(summary_table(rows))
 
     def write(self) -> None:
         """Everything so far."""
