@@ -248,12 +248,7 @@ def main() -> None:
     report = Report(run.report or run.out, {k: str(v) for k, v in asdict(run).items()}, clock)
     makers = {"families": (families, demonstrations), "zero": (zero, careless)}
     recipes = [(makers[part][0](run), makers[part][1]) for part in run.parts]
-    took = 0.0
-    for seed in run.seeds:
-        if clock.left < 0.6 * took:  # the first one has compiled for all
-            print(f"no time for seed {seed}: {clock.left:.0f} s left", flush=True)
-            break
-        before = clock.left
+    for seed in clock.seeds(run.seeds):
         for done, (recipe, texts) in enumerate(recipes):
             # What is left is shared by the parts of this seed that are still to come.
             parts = len(recipes) - done
@@ -262,7 +257,6 @@ def main() -> None:
                 f"{recipe.name}, seed {seed}",
                 partial(one, report, run.out, recipe, texts, seed, until),
             )
-        took = before - clock.left
     report.table()
 
 

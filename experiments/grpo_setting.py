@@ -286,6 +286,17 @@ class Clock:
         """In seconds."""
         return self.seconds - (time.perf_counter() - self.began)
 
+    def seeds(self, wanted: Iterable[int]) -> Iterator[int]:
+        """Each of them, as long as there is time for one more like the last."""
+        took = 0.0
+        for seed in wanted:
+            if self.left < 0.6 * took:  # the first one has compiled for all
+                print(f"no time for seed {seed}: {self.left:.0f} s left", flush=True)
+                return
+            before = self.left
+            yield seed
+            took = before - self.left
+
     @contextlib.contextmanager
     def stop_after(self, seconds: float) -> Iterator[None]:
         """Ask the run in the body to stop, and save, once so many seconds are over.
