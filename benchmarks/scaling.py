@@ -21,7 +21,7 @@ import functools
 import os
 import time
 import traceback
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import numpy as np
@@ -29,7 +29,7 @@ import numpy as np
 from benchmarks.expert_parallel import NCCL, PEER
 from benchmarks.timing import deadline
 from deepseek_jax import Batch, DeepSeekV3, ModelConfig, preset, sharding
-from deepseek_jax.config import Precision
+from deepseek_jax.config import Precision, RematPolicy
 from deepseek_jax.model.dispatch import ExpertParallel
 from deepseek_jax.plan import training_flops_per_token
 from deepseek_jax.report.hardware import peak_flops
@@ -269,7 +269,7 @@ def main() -> None:
     parser.add_argument("--lite-rows", type=int, default=8, help="sequences a GPU, V2-Lite")
     parser.add_argument("--v3-rows", type=int, default=2, help="sequences a GPU, V3")
     parser.add_argument("--seq", type=int, default=4096)
-    parser.add_argument("--remat", default="full", choices=["none", "selective", "full"])
+    parser.add_argument("--remat", default="full", choices=get_args(RematPolicy))
     parser.add_argument("--seconds", type=float, default=170, help="start nothing later than this")
     parser.add_argument("--compilers", type=int, default=16)
     parser.add_argument("--after", help="a file: compile at once, but run when it is there")

@@ -14,7 +14,7 @@ import functools
 import os
 import statistics
 import time
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import numpy as np
@@ -22,7 +22,7 @@ import numpy as np
 from benchmarks import profile_parts
 from benchmarks.timing import deadline
 from deepseek_jax import Batch, DeepSeekV3, ModelConfig, preset, sharding
-from deepseek_jax.config import Precision
+from deepseek_jax.config import Precision, RematPolicy
 from deepseek_jax.model.dispatch import ExpertParallel
 from deepseek_jax.model.transformer import param_counts
 from deepseek_jax.plan import training_flops_per_token
@@ -115,7 +115,7 @@ def main() -> None:
     """Parse the arguments, time, print."""
     parser = argparse.ArgumentParser(description=__doc__)
     model_arguments(parser)
-    parser.add_argument("--remat", default="none", choices=["none", "selective", "full"])
+    parser.add_argument("--remat", default="none", choices=get_args(RematPolicy))
     parser.add_argument("--matmuls", default="compute", choices=["compute", "fp8"])
     parser.add_argument("--params", default="float32")
     parser.add_argument("--compute", default="bfloat16", help="float32 on CPUs")

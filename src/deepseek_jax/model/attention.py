@@ -17,7 +17,15 @@ from jaxtyping import Array, Float, Int
 
 from deepseek_jax import sharding
 from deepseek_jax.config import LATENT_NORM_EPS
-from deepseek_jax.model.layers import ParamModule, dequantized, dot, linear, rms_norm
+from deepseek_jax.model.layers import (
+    ParamModule,
+    Weight,
+    dequantized,
+    dot,
+    linear,
+    linears,
+    rms_norm,
+)
 from deepseek_jax.model.rope import apply_rope
 from deepseek_jax.types import KVCache
 from pallas_kernels.mla_attention import has_kernel, mla_decode
@@ -34,6 +42,9 @@ LEAST = -1e30
 # Under rematerialisation its results are known by it: the second, the sums of softmax, is a
 # residual of cuDNN's own and has no name.
 CUDNN_ATTENTION = cudnn._dot_product_attention_fwd_p_wrapper
+# And what its backward pass reads: where there is memory, 2 N (2 H + O) bytes a token and layer
+# save the up-projections, rotations and copies that lead there.
+QKV = "mla_qkv"
 
 
 class Positions(NamedTuple):
@@ -147,21 +158,19 @@ def attend_expanded(
     cache: KVCache,
     layer: Int[Array, ""] | int,
     scale: float,
-    expand: Callable[[jax.Array], jax.Array],
+    expand: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
 ) -> Float[Array, "B T N O"]:
     """The same with keys and values unfolded, a block of slots at a time.
 
-    ``expand`` is ``c_kv_BSR -> kv_BSNX``, keys and values side by side (V3 Eqs. 2 and 5).
+    ``expand`` is ``c_kv_BSR -> k_nope_BSNC, v_BSNO`` (V3 Eqs. 2 and 5).
     """
-    C = q_nope_BTNC.shape[-1]
 
     def scores_and_values(c_kv_BSR: jax.Array) -> tuple[jax.Array, jax.Array]:
-        kv_BSNX = expand(c_kv_BSR)
-        keys = kv_BSNX[..., :C]
+        k_nope_BSNC, v_BSNO = expand(c_kv_BSR)
         scores = jnp.einsum(
-            "btnc,bsnc->bnts", q_nope_BTNC, keys, preferred_element_type=jnp.float32
+            "btnc,bsnc->bnts", q_nope_BTNC, k_nope_BSNC, preferred_element_type=jnp.float32
         )
-        return scores, kv_BSNX[..., C:]
+        return scores, v_BSNO
 
     return _over_cache(q_pe_BTNP, cache, layer, scale, scores_and_values)
 
@@ -237,11 +246,22 @@ class MLA(ParamModule):
         c, precision = self.config, self.precision
         N, C, O = c.num_attention_heads, c.qk_nope_head_dim, c.v_head_dim
         D, R, P = c.hidden_size, c.kv_lora_rank, c.qk_rope_head_dim
-        queries = self._queries()
+        first_q, queries = self._queries()
         wkv_a_DX = self.weight("wkv_a", (D, R + P), ("embed", "latent_out"))
         kv_norm_R = self.scale("kv_norm", R)
         wkv_b_RNX = self.weight("wkv_b", (R, N, C + O), ("latent_in", "heads", "head_dim"))
         wo_NOD = self.weight("wo", (N, O, D), ("heads", "head_dim", "embed"))
+
+        def expand(c_kv_BSR: jax.Array) -> tuple[jax.Array, jax.Array]:
+            """Every head's keys without position, and its values (Eqs. 2 and 5)."""
+            if isinstance(wkv_b_RNX, Quantized):  # a block of its scales may belong to both
+                kv_BSNX = linear(c_kv_BSR, wkv_b_RNX, precision)
+                return kv_BSNX[..., :C], kv_BSNX[..., C:]
+            # Two products: as halves of one, keys and values would be copied out of it, and their
+            # gradients into one.
+            halves = wkv_b_RNX[..., :C], wkv_b_RNX[..., C:]
+            k_nope, v = (linear(c_kv_BSR, w, precision) for w in halves)
+            return k_nope, v
 
         @jax.named_scope("mla")
         def attention(
@@ -250,9 +270,9 @@ class MLA(ParamModule):
             cache: KVCache | None = None,
             layer: Int[Array, ""] | int = 0,
         ) -> tuple[Float[Array, "B T D"], KVCache | None]:
-            q_BTNH = queries(x_BTD)
+            of_q, latent = linears(x_BTD, (first_q, wkv_a_DX), precision)  # Eqs. 6, 1 and 3
+            q_BTNH = queries(of_q)
             q_pe_BTNP = apply_rope(q_BTNH[..., C:], positions.cos_BTp, positions.sin_BTp)
-            latent = linear(x_BTD, wkv_a_DX, precision)  # Eqs. 1 and 3
             latent = checkpoint_name(latent, "mla_latent")
             # Only c_kv is normalised; k_pe is shared by all heads.
             c_kv_BTR = rms_norm(latent[..., :R], kv_norm_R, LATENT_NORM_EPS)
@@ -262,16 +282,17 @@ class MLA(ParamModule):
                 # numbers a token instead of N (H + O).
                 c_kv = sharding.all_gather(c_kv_BTR, "sequence", 1)
                 k_pe = sharding.all_gather(k_pe_BTNP, "sequence", 1)
-                kv_BSNX = linear(c_kv, wkv_b_RNX, precision)  # Eqs. 2 and 5
-                k_pe = jnp.broadcast_to(k_pe, (*kv_BSNX.shape[:3], P))
+                k_nope, v = expand(c_kv)
+                k_pe = jnp.broadcast_to(k_pe, (*k_nope.shape[:3], P))
                 q = jnp.concatenate([q_BTNH[..., :C], q_pe_BTNP], axis=-1)
-                k = jnp.concatenate([kv_BSNX[..., :C], k_pe], axis=-1)
+                k = jnp.concatenate([k_nope, k_pe], axis=-1)
                 first = sharding.part_index("sequence") * x_BTD.shape[1]
                 segments = None
                 if not self.whole_rows:
                     own_BT = positions.segment_ids_BT
                     segments = own_BT, sharding.all_gather(own_BT, "sequence", 1)
-                out = attend(q, k, kv_BSNX[..., C:], segments, first, c.softmax_scale)
+                q, k, v = (checkpoint_name(x, QKV) for x in (q, k, v))
+                out = attend(q, k, v, segments, first, c.softmax_scale)
             else:
                 cache = write_cache(cache, layer, c_kv_BTR, k_pe_BTNP[:, :, 0])
                 if x_BTD.shape[1] * (2 * R + P - C - P - O) > R * (C + O):
@@ -282,7 +303,7 @@ class MLA(ParamModule):
                         cache,
                         layer,
                         c.softmax_scale,
-                        lambda c_kv: linear(c_kv, wkv_b_RNX, precision),
+                        expand,
                     )
                 else:
                     unfold = wkv_b_RNX
@@ -296,23 +317,26 @@ class MLA(ParamModule):
 
         return attention
 
-    def _queries(self) -> Callable[[jax.Array], jax.Array]:
-        """``x_BTD -> q_BTNH`` (Eqs. 6-8), or straight where there is no ``q_lora_rank``."""
+    def _queries(self) -> tuple[Weight, Callable[[jax.Array], jax.Array]]:
+        """The first matrix from x to the queries, and from its product to ``q_BTNH`` (Eqs. 6-8).
+
+        It is the only one where there is no ``q_lora_rank``.
+        """
         c = self.config
         D, Q, N, H = c.hidden_size, c.q_lora_rank, c.num_attention_heads, c.qk_head_dim
         if Q is None:
             wq_DNH = self.weight("wq", (D, N, H), ("embed", "heads", "head_dim"))
-            return lambda x_BTD: linear(x_BTD, wq_DNH, self.precision)
+            return wq_DNH, lambda q_BTNH: q_BTNH
         wq_a_DQ = self.weight("wq_a", (D, Q), ("embed", "latent_out"))
         q_norm_Q = self.scale("q_norm", Q)
         wq_b_QNH = self.weight("wq_b", (Q, N, H), ("latent_in", "heads", "head_dim"))
 
-        def queries(x_BTD: jax.Array) -> jax.Array:
-            c_q = checkpoint_name(linear(x_BTD, wq_a_DQ, self.precision), "mla_latent")
-            c_q = rms_norm(c_q, q_norm_Q, LATENT_NORM_EPS)
-            return linear(c_q, wq_b_QNH, self.precision)
+        def queries(c_q_BTQ: jax.Array) -> jax.Array:
+            c_q_BTQ = checkpoint_name(c_q_BTQ, "mla_latent")
+            c_q_BTQ = rms_norm(c_q_BTQ, q_norm_Q, LATENT_NORM_EPS)
+            return linear(c_q_BTQ, wq_b_QNH, self.precision)
 
-        return queries
+        return wq_a_DQ, queries
 
 
 def write_cache(

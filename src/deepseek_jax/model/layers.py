@@ -1,8 +1,9 @@
 """What every block is made of: matmul with the precision policy, RMSNorm, SwiGLU, parameters."""
 
 import functools
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -38,15 +39,32 @@ def dot(
     return out.astype(dtype)
 
 
+def contract(
+    x: Float[Array, "..."], w: Float[Array, "..."], contracted: int, accumulate: str
+) -> Float[Array, "..."]:
+    """``tensordot`` over the last ``contracted`` axes of x and the first of w, in ``accumulate``.
+
+    One row alone XLA would multiply on a GPU as a vector, for which it first makes a float32 copy
+    of the matrix: five times the bytes. With a second row it reads the matrix where it lies.
+    """
+    outer = x.shape[: x.ndim - contracted]
+    on_gpu = sharding.platform() in ("gpu", "cuda")
+    alone = on_gpu and x.dtype.itemsize == 2 and math.prod(outer) == 1
+    if alone:
+        x = x.reshape(1, *x.shape[len(outer) :])
+        x = jnp.concatenate([x, jnp.zeros_like(x)])
+    out = jnp.tensordot(x, w, contracted, preferred_element_type=jnp.dtype(accumulate))
+    return out[0].reshape(*outer, *w.shape[contracted:]) if alone else out
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _product(x: jax.Array, w: jax.Array, contracted: int, accumulate: str) -> jax.Array:
-    """``tensordot`` summed in ``accumulate``, rounded to the dtype of x; so are its gradients.
+    """`contract`, rounded to the dtype of x; so are its gradients.
 
     Autodiff would multiply the cotangent before it is rounded, in ``accumulate``: on an H100, a
     third of the speed of the same product in BF16.
     """
-    out = jnp.tensordot(x, w, contracted, preferred_element_type=jnp.dtype(accumulate))
-    return out.astype(x.dtype)
+    return contract(x, w, contracted, accumulate).astype(x.dtype)
 
 
 def _product_bwd(
@@ -80,17 +98,29 @@ def linear(
     contracted: int = 1,
 ) -> Float[Array, "..."]:
     """Multiply over the last ``contracted`` axes of x and the first of w; in FP8 if so asked."""
-    if not isinstance(w, Quantized) and precision.matmuls == "compute":
-        dtype = precision.compute_dtype
-        return _product(x.astype(dtype), w.astype(dtype), contracted, precision.accumulate)
-    rows, columns = x.shape[: x.ndim - contracted], w.shape[contracted:]
-    K = math.prod(w.shape[:contracted])
-    x_MK = x.astype(precision.compute_dtype).reshape(-1, K)
-    if isinstance(w, Quantized):
-        w_KN: Weight = Quantized(w.values.reshape(K, -1), w.scale)
-    else:
-        w_KN = w.reshape(K, -1)
-    return fp8_linear(x_MK, w_KN).reshape(*rows, *columns)
+    return linears(x, (w,), precision, contracted)[0]
+
+
+def linears(
+    x: Float[Array, "..."], ws: Sequence[Weight], precision: Precision, contracted: int = 1
+) -> list[Float[Array, "..."]]:
+    """`linear` with several matrices of one x, which in FP8 is quantized once for all of them."""
+    dtype = precision.compute_dtype
+    x = x.astype(dtype)
+    plain = [w.astype(dtype) for w in ws if not isinstance(w, Quantized)]
+    if precision.matmuls == "compute" and len(plain) == len(ws):
+        return [_product(x, w, contracted, precision.accumulate) for w in plain]
+    rows, K = x.shape[: x.ndim - contracted], math.prod(x.shape[x.ndim - contracted :])
+
+    def matrix(w: Weight) -> Weight:
+        if isinstance(w, Quantized):
+            return Quantized(w.values.reshape(K, -1), w.scale)
+        return w.reshape(K, -1)
+
+    y_MN = fp8_linear(x.reshape(-1, K), tuple(matrix(w) for w in ws))
+    ends = itertools.accumulate(math.prod(w.shape[contracted:]) for w in ws[:-1])
+    parts = jnp.split(y_MN, list(ends), axis=1)
+    return [p.reshape(*rows, *w.shape[contracted:]) for p, w in zip(parts, ws, strict=True)]
 
 
 def dequantized(

@@ -12,13 +12,14 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from deepseek_jax import sharding
 from deepseek_jax.config import FLOAT32, ModelConfig, Precision, RematPolicy
-from deepseek_jax.model.attention import CUDNN_ATTENTION, MLA, Positions
+from deepseek_jax.model.attention import CUDNN_ATTENTION, MLA, QKV, Positions
 from deepseek_jax.model.dispatch import ExpertParallel
 from deepseek_jax.model.layers import (
     GATHERED,
     FeedForward,
     LogicalAxes,
     ParamModule,
+    contract,
     rms_norm,
 )
 from deepseek_jax.model.moe import Balance, LayerInput, LayerReport, MoE, balance
@@ -129,10 +130,16 @@ def _dear(primitive: Any, *_: Any, **params: Any) -> bool:
     return primitive is CUDNN_ATTENTION or params.get("name") in _KEPT
 
 
+def _dear_and_qkv(primitive: Any, *_: Any, **params: Any) -> bool:
+    """Policy "save_qkv"."""
+    return _dear(primitive, **params) or params.get("name") == QKV
+
+
 def _remat(block: type[Block], policy: RematPolicy) -> type[Block]:
     policies: dict[RematPolicy, Any] = {
         "none": _all_but_gathered,
         "selective": _dear,
+        "save_qkv": _dear_and_qkv,
         "full": None,
     }
     # prevent_cse guards against XLA undoing the recomputation; inside a scan it cannot.
@@ -292,12 +299,8 @@ class DeepSeekV3(ParamModule):
 
     def logits(self, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """The output head, shared by the main model and every MTP depth."""
-        out = jnp.einsum(
-            "btd,dv->btv",
-            hidden_BTD,
-            self.head_DV.astype(hidden_BTD.dtype),
-            preferred_element_type=jnp.dtype(self.precision.accumulate),
-        )
+        head_DV = self.head_DV.astype(hidden_BTD.dtype)
+        out = contract(hidden_BTD, head_DV, 1, self.precision.accumulate)
         return sharding.all_gather(out.astype(self.precision.logits), "vocab", 2)
 
     def head(self) -> Float[Array, "D V"]:
