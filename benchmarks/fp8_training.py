@@ -28,7 +28,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -531,12 +531,13 @@ def main() -> None:
     parser.add_argument("--model", default="small")
     parser.add_argument("--mtp", type=int, help="modules of multi-token prediction")
     parser.add_argument("--compute", default="bfloat16", choices=["bfloat16", "float32"])
-    parser.add_argument("--remat", default="selective", choices=["none", "selective", "full"])
+    parser.add_argument("--remat", default="selective", choices=get_args(RematPolicy))
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seq", type=int, default=1024)
     parser.add_argument("--tokens", type=float, default=1e8, help="of each run")
     parser.add_argument("--steps", type=int, help="instead of --tokens")
-    parser.add_argument("--peak-lr", type=float, default=1e-3)
+    parser.add_argument("--peak-lr", type=float, default=4e-4)
+    parser.add_argument("--warmup", type=int, help="steps; default: as `OptimConfig`")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--turn", type=int, default=50)
     parser.add_argument("--roots", type=Path, nargs="*", default=[], help="further folders of text")
@@ -556,7 +557,7 @@ def main() -> None:
     tokens = arguments.batch * arguments.seq
     steps = arguments.steps or -(-int(arguments.tokens) // tokens)
     lr = arguments.peak_lr
-    optimizer = optim.OptimConfig(peak_lr=lr, min_lr=lr / 10, final_lr=lr / 30)
+    optimizer = optim.OptimConfig(lr, lr / 10, lr / 30, arguments.warmup)
     setting = Setting(
         config,
         arguments.compute,

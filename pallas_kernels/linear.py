@@ -289,7 +289,7 @@ def _swiglu_linear_bwd(impl, residuals, dy_MN):
     gate_up_MF = dequantize(gate_up).astype(like_x.dtype)
     dy = quantize_tiles_both(dy_MN, impl=_quantizer(impl))
     dh_MK = fp8_matmul(dy.by_row, w, out_dtype=gate_up_MF.dtype, impl=impl)
-    h = swiglu_quantize_tiles(gate_up_MF, axis=0, impl=_quantizer(impl))
+    h = swiglu_quantize_tiles(gate_up, axis=0, impl=_quantizer(impl))
     dw_KN = _wgrads(functools.partial(fp8_matmul, h, impl=impl), dy.by_column, like_w)
     return *jax.vjp(swiglu, gate_up_MF)[1](dh_MK), dw_KN
 
@@ -324,7 +324,7 @@ def _swiglu_grouped_bwd(impl, residuals, dy_MN):
     quantizer = _quantizer(impl)
     dy = quantize_tiles_both(dy_MN, tiles, impl=quantizer)
     dh_MK = fp8_grouped_matmul(dy.by_row, w, sizes_G, out_dtype=gate_up_MF.dtype, impl=impl)
-    h = swiglu_quantize_tiles(gate_up_MF, factors_M, tiles, axis=0, impl=quantizer)
+    h = swiglu_quantize_tiles(gate_up, factors_M, tiles, axis=0, impl=quantizer)
     wgrad = functools.partial(fp8_grouped_wgrad, h, tiles=tiles, impl=impl)
     dw_GKN = _wgrads(wgrad, dy.by_column, like_w)
     # Where a row is padding, its gradient is zero whatever gate and up hold there.

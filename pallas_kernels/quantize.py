@@ -133,7 +133,7 @@ def swiglu_quantize_tiles_both(
 
 @functools.partial(jax.jit, static_argnames=("axis", "power_of_two", "impl"))
 def swiglu_quantize_tiles(
-    gate_up_MF: Float[Array, "M F"],
+    gate_up_MF: Float[Array, "M F"] | Quantized,
     factors_M: Float[Array, "M"] | None = None,
     tiles: RaggedTiles | None = None,
     *,
@@ -141,11 +141,18 @@ def swiglu_quantize_tiles(
     power_of_two: bool = False,
     impl: Impl = "auto",
 ) -> Quantized:
-    """One of the two results of `swiglu_quantize_tiles_both`: ``by_column`` with ``axis=0``."""
-    by_row = axis % 2 == 1
+    """One of the two results of `swiglu_quantize_tiles_both`: ``by_column`` with ``axis=0``.
+
+    The inputs may come quantized along the rows, as they are kept for the backward pass (V3 section
+    3.3.3); they are then what `reference.dequantize` makes of them, in bfloat16.
+    """
+    by_row, x_MF, scale = axis % 2 == 1, gate_up_MF, {}
+    if isinstance(gate_up_MF, Quantized):
+        x_MF, scale = gate_up_MF.values, {"scale_kM": gate_up_MF.scale}
+        gate_up_MF = reference.dequantize(gate_up_MF).astype(jnp.bfloat16)
     if _pick(gate_up_MF, tiles, impl, halves=True) == "hopper":
         which = dict(by_row=by_row, by_column=not by_row, power_of_two=power_of_two)
-        return _hopper(gate_up_MF, tiles, swiglu=True, factors_M=factors_M, **which)[0]
+        return _hopper(x_MF, tiles, swiglu=True, factors_M=factors_M, **scale, **which)[0]
     # The other one is not computed: nothing uses it.
     both = _reference_both(reference.swiglu(gate_up_MF, factors_M), tiles, power_of_two)
     return both.by_row if by_row else both.by_column

@@ -52,8 +52,8 @@ def quantize_both(
     """Quantize in 1x128 tiles along the last axis, and transposed along the first, in one pass.
 
     Args:
-        x_MK: A bfloat16 matrix; with ``swiglu``, ``gate`` and ``up`` side by side; with
-            ``scale_kM``, values in E4M3.
+        x_MK: A bfloat16 matrix, or with ``scale_kM`` values in E4M3; with ``swiglu``, ``gate`` and
+            ``up`` side by side.
         tiles: Which rows the tiles along the first axis take.
         swiglu: Quantize `reference.swiglu` of the two halves.
         factors_M: Of SwiGLU's rows.
@@ -81,17 +81,19 @@ def quantize_both(
     columns = (shape((k, most * TILE), E4M3), shape((most, k), jnp.float32))
     scratch = dict(
         factors=plgpu.SMEM((TILE,), jnp.float32),
+        scales=plgpu.SMEM((2 * TILE,), jnp.float32),
         rows_scale=plgpu.SMEM((TILE,), jnp.float32),
         columns_scale=plgpu.SMEM((TILE,), jnp.float32),
         block=plgpu.SMEM((TILE, TILE), jnp.bfloat16, transforms=_SIXTEEN_BITS),
         transposed=plgpu.SMEM((TILE, TILE), E4M3, transforms=_EIGHT_BITS),
     )
-    factors = scale_kM if factors_M is None else factors_M.astype(jnp.float32)[None]
-    inputs = (x_MK,) if factors is None else (x_MK, factors)
+    given = x_MK, factors_M if factors_M is None else factors_M.astype(jnp.float32), scale_kM
+    has = tuple(x is not None for x in given)
+    inputs = tuple(x for x in given if x is not None)
     kernel = compat.kernel(
         functools.partial(
             _body,
-            inputs=len(inputs),
+            has=has,
             swiglu=swiglu,
             by_row=by_row,
             by_column=by_column,
@@ -108,38 +110,51 @@ def quantize_both(
     return tuple(Quantized(*out[i : i + 2]) for i in range(0, len(out), 2))
 
 
-def _body(count, first, low, high, *refs, inputs, swiglu, by_row, by_column, power_of_two, names):
+def _body(count, first, low, high, *refs, has, swiglu, by_row, by_column, power_of_two, names):
     tile, k_tile = lax.axis_index("tile"), lax.axis_index("columns")
 
     @pl.when(tile < count[0])
     def _():
-        (x, *factors), rest = refs[:inputs], refs[inputs:]
+        given, rest = iter(refs[: sum(has)]), refs[sum(has) :]
+        some_or_none: Any = [next(given) if there else None for there in has]
+        x, factors, scales = some_or_none
         outs, scratch = rest[: -len(names)], dict(zip(names, rest[-len(names) :], strict=True))
         first_row = first[tile]
         own = low[tile] - first_row, high[tile] - first_row
         columns = pl.ds(k_tile * TILE, TILE)
         whole = pl.ds(first_row, TILE)
-        if factors:
-            # Once for all threads: read as the rows are spread, every thread would read them.
-            row = 0 if swiglu else k_tile
-            scratch["factors"][...] = compat.load(factors[0].at[row, whole], _ONE_EACH)
+        # Once for all threads: read as the rows are spread, every thread would read them.
+        if factors is not None:
+            scratch["factors"][...] = compat.load(factors.at[whole], _ONE_EACH)
+        if scales is not None:
+            halves = (0, scales.shape[0] // 2) if swiglu else (0,)
+            for i, half in enumerate(halves):
+                own_scales = compat.load(scales.at[half + k_tile, whole], _ONE_EACH)
+                scratch["scales"][pl.ds(i * TILE, TILE)] = own_scales
+        if factors is not None or scales is not None:
             plgpu.commit_smem()
         some = _ROWS // 2 if swiglu else _ROWS  # two inputs take twice the registers
         for part in range(TILE // some):
             within = pl.ds(part * some, some)
             rows = pl.ds(first_row + part * some, some)
             layout = tile_layout(2)
-            h = compat.load(x.at[rows, columns], layout)
-            own_factors: Any = None
-            if factors:
-                own_factors = compat.load(scratch["factors"].at[within], layout.reduce(1))
+
+            def of_rows(name: str, first_row: int, some=some, layout=layout) -> jax.Array:
+                return compat.load(scratch[name].at[pl.ds(first_row, some)], layout.reduce(1))
+
+            def bf16(h, first_row: int):
+                """What E4M3 and its tile's scale stand for (`reference.dequantize`)."""
+                if scales is None:
+                    return h
+                scale = of_rows("scales", first_row)
+                h = h.astype(jnp.float16).astype(jnp.float32)
+                return (h * lax.broadcast_in_dim(scale, h.shape, (0,))).astype(jnp.bfloat16)
+
+            h = bf16(compat.load(x.at[rows, columns], layout), part * some)
             if swiglu:
                 right = pl.ds(x.shape[1] // 2 + k_tile * TILE, TILE)
-                up = compat.load(x.at[rows, right], layout)
-                h = _swiglu(h, up, own_factors)
-            elif factors:
-                h = h.astype(jnp.float16).astype(jnp.float32)
-                h = (h * lax.broadcast_in_dim(own_factors, h.shape, (0,))).astype(jnp.bfloat16)
+                up = bf16(compat.load(x.at[rows, right], layout), TILE + part * some)
+                h = _swiglu(h, up, None if factors is None else of_rows("factors", part * some))
             if by_column:
                 row = plgpu.broadcasted_iota(jnp.int32, h.shape, 0, layout=layout) + part * some
                 inside = (row >= own[0]) & (row < own[1])

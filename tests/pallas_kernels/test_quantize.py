@@ -316,6 +316,25 @@ def test_what_is_in_fp8_is_turned_round(sizes, interpret):
         np.testing.assert_array_equal(*(np.asarray(a.values, np.float32) for a in (got, want)))
 
 
+@simulated_and_real
+@pytest.mark.parametrize("with_factors", [False, True])
+@pytest.mark.parametrize("sizes", SIZES[:2], ids=str)
+def test_swiglu_of_what_is_in_fp8(sizes, with_factors, interpret):
+    m = 264
+    x = random_matrix(m, 512).at[sum(sizes) :].set(jnp.nan).astype(jnp.bfloat16)
+    factors = random_matrix(m, 1, 1)[:, 0] if with_factors else None
+    tiles, q = tiles_of(sizes, m), quantize.quantize_tiles(x)
+    options = dict(swiglu=True, by_row=False, interpret=interpret)
+    (got,) = hopper_both.quantize_both(
+        q.values, tiles, factors_M=factors, scale_kM=q.scale, **options
+    )
+    want = quantize.swiglu_quantize_tiles(q, factors, tiles, axis=0, impl="reference")
+    used = 128 * int(tiles.count[0])
+    got, want = (Quantized(a.values[:, :used], a.scale[: used // 128]) for a in (got, want))
+    if used:
+        assert_dequantized_near(got, want)
+
+
 def assert_dequantized_near(got, want):
     """To a step of E4M3 and of the scale: a last bit of BF16 may move both."""
     scale = np.repeat(np.asarray(want.scale).T, 128, axis=1)[:, : want.values.shape[1]]
@@ -374,7 +393,7 @@ def test_swiglu_is_that_of_jax():
 
 @pytest.mark.skipif(not compat.loads_transposed(), reason="before 0.11, Pallas finds no layout")
 @pytest.mark.parametrize(
-    "which", ["plain", "swiglu", "blocks", "blocks_fp32", "columns", "from_fp8"]
+    "which", ["plain", "swiglu", "blocks", "blocks_fp32", "columns", "from_fp8", "swiglu_from_fp8"]
 )
 def test_both_lower_without_a_device(which):
     x = jax.ShapeDtypeStruct((1000, 2048), jnp.bfloat16)
@@ -385,18 +404,19 @@ def test_both_lower_without_a_device(which):
         traced = jax.jit(hopper_both.quantize_blocks_both).trace((w, w))
     else:
         factors = jax.ShapeDtypeStruct((1000,), jnp.float32)
-        if which == "from_fp8":
+        scale = jax.ShapeDtypeStruct((16, 1000), jnp.float32)
+        if which.endswith("from_fp8"):
             x = jax.ShapeDtypeStruct((1000, 2048), reference.E4M3)
-            factors = jax.ShapeDtypeStruct((16, 1000), jnp.float32)
 
-        def run(sizes, x, factors):
+        def run(sizes, x, factors, scale):
             tiles = quantize.ragged_tiles(sizes, 1000)
             options = {
                 "swiglu": {"swiglu": True, "factors_M": factors},
                 "columns": {"by_row": False},
-                "from_fp8": {"by_row": False, "scale_kM": factors},
+                "from_fp8": {"by_row": False, "scale_kM": scale},
+                "swiglu_from_fp8": {"swiglu": True, "factors_M": factors, "scale_kM": scale},
             }
             return hopper_both.quantize_both(x, tiles, **options.get(which, {}))
 
-        traced = jax.jit(run).trace(sizes, x, factors)
+        traced = jax.jit(run).trace(sizes, x, factors, scale)
     assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()

@@ -129,10 +129,10 @@ def test_activations_kept_for_the_backward_pass_shrink():
     for kind in kept_activations.KINDS:
         assert plain[kind]["float8_e4m3fn"] == 0
         assert fp8[kind].total() < 0.8 * plain[kind].total()
-    # A byte for every input of a product whose weight has a gradient (two projections take
-    # attention's; that of w2 is recomputed) and of SwiGLU.
+    # A byte for every input of a product whose weight has a gradient (the latent is that of two,
+    # keys and values; w2's is recomputed) and of SwiGLU.
     D, Q, R = c.hidden_size, c.q_lora_rank, c.kv_lora_rank
-    attention = 2 * D + Q + R + c.num_attention_heads * c.v_head_dim
+    attention = D + Q + 2 * R + c.num_attention_heads * c.v_head_dim
     width, K = c.moe_intermediate_size, c.num_experts_per_tok
     shared = D + 2 * c.n_shared_experts * width
     routed = K * (D + 2 * width)
