@@ -5,6 +5,7 @@ model sets around its parts. An instruction belongs to the innermost part that i
 """
 
 import collections
+import os
 import pathlib
 import re
 from collections.abc import Iterator, Mapping
@@ -43,6 +44,12 @@ class Op(NamedTuple):
     """Over all devices and steps in the profile; on CPU over all threads, so that two cores at work
     make two milliseconds of one."""
     times: int
+
+
+def keep_names() -> None:
+    """Before JAX is first used: captured into a graph, instructions have no names in a profile."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_enable_command_buffer="
 
 
 def part_of(scope: str) -> str:
@@ -112,14 +119,20 @@ def _instruction(event: jax.profiler.ProfileEvent) -> str | None:
     return event.name if "kernel_details" in stats else None
 
 
-def table(found: list[Op], steps: int, most: int = 70) -> str:
-    """Milliseconds a step of every part, then of the longest instructions."""
+def by_part(found: list[Op], steps: int) -> dict[str, float]:
+    """Milliseconds a step of every part, the longest first."""
     parts: dict[str, float] = collections.defaultdict(float)
     for op in found:
         parts[op.part] += op.milliseconds / steps
+    return dict(_longest_first(parts))
+
+
+def table(found: list[Op], steps: int, most: int = 70) -> str:
+    """Milliseconds a step of every part, then of the longest instructions."""
+    parts = by_part(found, steps)
     whole = sum(parts.values())
     lines = [f"{whole:9.2f} ms a step in {len(found)} instructions"]
-    lines += [f"{ms:9.2f} ms {ms / whole:6.1%}  {part}" for part, ms in _longest_first(parts)]
+    lines += [f"{ms:9.2f} ms {ms / whole:6.1%}  {part}" for part, ms in parts.items()]
     for op in found[:most]:
         ms = op.milliseconds / steps
         lines.append(

@@ -5,13 +5,14 @@
 ``--layers``, ``--experts`` and ``--vocab`` cut a model down to what one GPU holds beside AdamW's
 state; widths stay. Everything else is the real thing: the pretraining loss with balance losses,
 clipping, AdamW, the router bias, donation. MFU counts model FLOPs as ``deepseek_jax.plan`` does
-(causal attention, no recomputation) against the data sheet's dense BF16 peak. ``--compare`` times
-other meshes or none beside the first, in turns.
+(causal attention, no recomputation) against the data sheet's dense BF16 peak. The first line says
+how long after the process began the first step was done, and what it had waited for. ``--compare``
+times other meshes or none beside the first, in turns.
 """
 
 import argparse
+import contextlib
 import functools
-import os
 import statistics
 import time
 from typing import Any, get_args
@@ -20,7 +21,7 @@ import jax
 import numpy as np
 
 from benchmarks import profile_parts
-from benchmarks.timing import deadline
+from benchmarks.timing import deadline, process_age
 from deepseek_jax import Batch, DeepSeekV3, ModelConfig, preset, sharding
 from deepseek_jax.config import Precision, RematPolicy
 from deepseek_jax.model.dispatch import ExpertParallel
@@ -30,7 +31,7 @@ from deepseek_jax.report.hardware import peak_flops
 from deepseek_jax.train import optim
 from deepseek_jax.train.loop import divide_batch, jit_step
 from deepseek_jax.train.losses import pretrain_loss
-from deepseek_jax.train.step import init_state, make_train_step, state_shardings
+from deepseek_jax.train.step import abstract_state, init_state, make_train_step
 
 
 def model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,6 +44,20 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mtp", type=int, default=0)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seq", type=int, default=4096)
+
+
+def step_arguments(parser: argparse.ArgumentParser) -> None:
+    """How it is trained."""
+    parser.add_argument("--remat", default="none", choices=get_args(RematPolicy))
+    parser.add_argument("--matmuls", default="compute", choices=["compute", "fp8"])
+    parser.add_argument("--params", default="float32")
+    parser.add_argument("--compute", default="bfloat16", help="float32 on CPUs")
+    parser.add_argument("--moments", default="float32")
+    parser.add_argument("--dispatcher", default="auto", choices=["auto", "ragged", "ring"])
+    parser.add_argument(
+        "--documents", action="store_true", help="attention as for rows of several documents"
+    )
+    parser.add_argument("--steps", type=int, default=10)
 
 
 def slice_of(arguments: argparse.Namespace) -> ModelConfig:
@@ -63,10 +78,16 @@ def slice_of(arguments: argparse.Namespace) -> ModelConfig:
 
 
 class Run:
-    """A model, its state and its compiled step on one mesh (or none)."""
+    """A model and its step on one mesh (or none): traced, then ``compile``, then ``start``."""
 
-    def __init__(self, config: ModelConfig, mesh_text: str, arguments: argparse.Namespace):
-        """Compile and make the first step."""
+    def __init__(
+        self,
+        config: ModelConfig,
+        mesh_text: str,
+        arguments: argparse.Namespace,
+        devices: list[jax.Device] | None = None,
+    ):
+        """Trace, from shapes alone; on all devices where none are named."""
         self.name = mesh_text
         precision = Precision(
             params=arguments.params, compute=arguments.compute, matmuls=arguments.matmuls
@@ -83,14 +104,10 @@ class Run:
             return pretrain_loss(model, params, bias, batch, totals, 0.3)
 
         meshed = mesh_text != "none"
-        devices = jax.devices() if meshed else jax.devices()[:1]
+        devices = devices or jax.devices()
+        devices = devices if meshed else devices[:1]
         mesh = sharding.make_mesh(mesh_text if meshed else "data=1", devices)
-        if meshed:
-            jax.set_mesh(mesh)
         start = time.perf_counter()
-        where = state_shardings(model, tx, mesh)
-        init = jax.jit(functools.partial(init_state, model, tx), out_shardings=where)
-        self.state = init(jax.random.key(0))
         rng = np.random.default_rng(0)
         shape = (arguments.batch, arguments.seq)
         rows = rng.integers(0, config.vocab_size, (shape[0], shape[1] + 1)).astype(np.int32)
@@ -98,43 +115,70 @@ class Run:
         positions = np.tile(np.arange(shape[1], dtype=np.int32), (shape[0], 1))
         parts = Batch(rows[:, :-1], rows[:, 1:], ones.astype(np.float32), positions, ones)
         self.batch = divide_batch(*shape, mesh).place([parts])
-        step = make_train_step(model, tx, loss_fn, lambda step: 0.001)
-        limit = np.float32(np.inf)
-        jitted: Any = jit_step(step, self.state)
-        self.step = jitted.lower(self.state, self.batch, limit).compile()
+        with jax.set_mesh(mesh) if meshed else contextlib.nullcontext():
+            state = abstract_state(model, tx, mesh)
+            init: Any = jax.jit(
+                functools.partial(init_state, model, tx),
+                out_shardings=jax.tree.map(lambda x: x.sharding, state),
+            )
+            self.lowered_init = init.lower(jax.eval_shape(jax.random.key, 0))
+            step: Any = jit_step(make_train_step(model, tx, loss_fn, lambda step: 0.001), state)
+            self.lowered_step = step.lower(state, self.batch, np.float32(np.inf))
+        self.trace_s = time.perf_counter() - start
+
+    def compile(self) -> "Run":
+        """The programs of the state and of the step; in any thread."""
+        start = time.perf_counter()
+        self.init, self.step = self.lowered_init.compile(), self.lowered_step.compile()
+        del self.lowered_init, self.lowered_step
         self.compile_s = time.perf_counter() - start
+        return self
+
+    def start(self) -> "Run":
+        """Make the state and the first step."""
+        start = time.perf_counter()
+        self.state = self.init(jax.random.key(0))
         self.losses = [self()]
+        self.start_s = time.perf_counter() - start
+        return self
+
+    def stop(self) -> None:
+        """Give the state's memory back; it may be started again."""
+        self.state = None
 
     def __call__(self) -> float:
         """One step; its loss."""
         self.state, metrics = self.step(self.state, self.batch, np.float32(np.inf))
         return float(metrics["loss"])
 
+    def timed(self, steps: int) -> list[float]:
+        """Seconds of each of so many steps."""
+        seconds = []
+        for _ in range(steps):
+            start = time.perf_counter()
+            self.losses.append(self())
+            seconds.append(time.perf_counter() - start)
+        return seconds
+
+    def parts(self, directory: str, steps: int = 3) -> list[profile_parts.Op]:
+        """The instructions of so many steps, from a profile that is left in ``directory``."""
+        with jax.profiler.trace(directory):
+            for _ in range(steps):
+                self()
+        return profile_parts.ops(directory, self.step.as_text() or "")
+
 
 def main() -> None:
     """Parse the arguments, time, print."""
     parser = argparse.ArgumentParser(description=__doc__)
     model_arguments(parser)
-    parser.add_argument("--remat", default="none", choices=get_args(RematPolicy))
-    parser.add_argument("--matmuls", default="compute", choices=["compute", "fp8"])
-    parser.add_argument("--params", default="float32")
-    parser.add_argument("--compute", default="bfloat16", help="float32 on CPUs")
-    parser.add_argument("--moments", default="float32")
+    step_arguments(parser)
     parser.add_argument("--mesh", default="data=-1")
-    parser.add_argument("--dispatcher", default="auto", choices=["auto", "ragged", "ring"])
     parser.add_argument("--compare", nargs="*", default=[], help='other meshes, or "none"')
-    parser.add_argument(
-        "--documents", action="store_true", help="attention as for rows of several documents"
-    )
-    parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--profile", help="directory for a profile (xprof) of 3 steps")
     arguments = parser.parse_args()
     if arguments.profile:
-        # Captured into a graph, instructions have no names in a profile.
-        os.environ["XLA_FLAGS"] = (
-            f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_command_buffer="
-        )
-
+        profile_parts.keep_names()
     config = slice_of(arguments)
     counts = param_counts(config)
     tokens = arguments.batch * arguments.seq
@@ -147,19 +191,18 @@ def main() -> None:
     )
     with deadline(500):
         for mesh_text in (arguments.mesh, *arguments.compare):
-            run = Run(config, mesh_text, arguments)
-            seconds = []
-            for _ in range(arguments.steps):
-                start = time.perf_counter()
-                run.losses.append(run())
-                seconds.append(time.perf_counter() - start)
-            _report(run, statistics.median(seconds), tokens, flops, peak)
+            run = Run(config, mesh_text, arguments).compile().start()
+            if mesh_text == arguments.mesh:
+                print(
+                    f"first step done {process_age():.1f} s after the process began: traced in "
+                    f"{run.trace_s:.1f} s, compiled in {run.compile_s:.1f} s, state and step made "
+                    f"in {run.start_s:.1f} s",
+                    flush=True,
+                )
+            seconds = statistics.median(run.timed(arguments.steps))
+            _report(run, seconds, tokens, flops, peak)
             if arguments.profile:
-                with jax.profiler.trace(arguments.profile):
-                    for _ in range(3):
-                        run()
-                found = profile_parts.ops(arguments.profile, run.step.as_text() or "")
-                print(profile_parts.table(found, 3), flush=True)
+                print(profile_parts.table(run.parts(arguments.profile, 3), 3), flush=True)
             del run
 
 
