@@ -265,7 +265,7 @@ def run(setup: Setup, seconds: float, alone: dict[str, Alone]) -> None:
 def main() -> None:
     """Parse the arguments, time, print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="", help="variants with this in their name")
+    parser.add_argument("--only", nargs="*", default=[""], help="variants so named, or in part")
     parser.add_argument("--lite-rows", type=int, default=8, help="sequences a GPU, V2-Lite")
     parser.add_argument("--v3-rows", type=int, default=2, help="sequences a GPU, V3")
     parser.add_argument("--seq", type=int, default=4096)
@@ -278,7 +278,9 @@ def main() -> None:
     print(
         f"{jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}", flush=True
     )
-    chosen = [v for v in variants(jax.device_count()) if arguments.only in v.name()]
+    chosen = [
+        v for v in variants(jax.device_count()) if any(part in v.name() for part in arguments.only)
+    ]
     pool = concurrent.futures.ThreadPoolExecutor(arguments.compilers)
     pending: list[tuple[Variant, concurrent.futures.Future[Setup]]] = []
     alone: dict[str, Alone] = {}

@@ -115,8 +115,8 @@ class Run:
         positions = np.tile(np.arange(shape[1], dtype=np.int32), (shape[0], 1))
         parts = Batch(rows[:, :-1], rows[:, 1:], ones.astype(np.float32), positions, ones)
         self.batch = divide_batch(*shape, mesh).place([parts])
+        state = abstract_state(model, tx, mesh)
         with jax.set_mesh(mesh) if meshed else contextlib.nullcontext():
-            state = abstract_state(model, tx, mesh)
             init: Any = jax.jit(
                 functools.partial(init_state, model, tx),
                 out_shardings=jax.tree.map(lambda x: x.sharding, state),
