@@ -19,7 +19,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -90,9 +90,11 @@ def families(run: Experiment) -> Recipe:
     given = run.questions
     questions = family_questions() if given is None else tuple(read_jsonl(given))
     cold_steps, steps = {"cpu": (900, 40), "gpu": (900, 60)}[run.hardware]
+    size = SIZES[run.hardware]
     return Recipe(
         name="families",
-        size=SIZES[run.hardware],
+        # Rows of up to 290 tokens: 1024 at a time ask for 50 GB.
+        size=replace(size, micro_batch=min(512, size.micro_batch)),
         questions=questions,
         max_new_tokens=160,
         judge=judge_family,

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from deepseek_jax import sharding
 from deepseek_jax.config import ModelConfig, Precision
@@ -182,6 +182,26 @@ def low_rank(a: Any, b: Any, ndim: int) -> Any:
     stack, r = a.shape[:lead], a.shape[-1]
     product = a.reshape(*stack, -1, r) @ b.reshape(*stack, r, -1)
     return product.reshape(*a.shape[:-1], *b.shape[lead + 1 :])
+
+
+@jax.custom_vjp
+def lookup(table_VD: Float[Array, "V D"], rows: Int[Array, "*B"]) -> Float[Array, "*B D"]:
+    """Rows of a table; what several places ask of one row is added up in float32.
+
+    In bfloat16 it would come to a halt: 256 + 1 is 256.
+    """
+    return table_VD[rows]
+
+
+def _lookup_bwd(
+    saved: tuple[jax.Array, jax.Array], ct: jax.Array
+) -> tuple[Float[Array, "V D"], None]:
+    like, rows = saved
+    total = jnp.zeros((like.shape[0], ct.shape[-1]), jnp.float32)
+    return total.at[rows].add(ct.astype(jnp.float32)).astype(like.dtype), None
+
+
+lookup.defvjp(lambda table_VD, rows: (lookup(table_VD, rows), (table_VD[:, :0], rows)), _lookup_bwd)
 
 
 class LogicalAxes(nn.Partitioned):

@@ -1,0 +1,36 @@
+"""Products and lookups: what is rounded where, and what a GPU is given to multiply."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deepseek_jax import sharding
+from deepseek_jax.model.layers import contract, lookup
+
+
+def test_a_token_seen_often_does_not_stop_learning():
+    """In bfloat16 a sum of ones ends at 256."""
+    table = jnp.zeros((3, 4), jnp.bfloat16)
+    tokens = jnp.array([[2] * 1000 + [0]])
+    gradient = jax.grad(lambda t: lookup(t, tokens).astype(jnp.float32).sum())(table)
+    np.testing.assert_array_equal(gradient.astype(jnp.float32)[:, 0], [1, 0, 1000])
+
+
+@pytest.mark.parametrize("inputs", [(8,), (4, 8)])
+def test_a_row_alone_is_multiplied_as_a_matrix_on_a_gpu(monkeypatch, inputs):
+    """A vector would have XLA copy the matrix to float32 first."""
+    contracted = len(inputs)
+    x = jax.random.normal(jax.random.key(0), (1, 1, *inputs), jnp.bfloat16)
+    w = jax.random.normal(jax.random.key(1), (*inputs, 6), jnp.bfloat16)
+    expected = contract(x, w, contracted, "float32")
+    monkeypatch.setattr(sharding, "platform", lambda: "gpu")
+
+    def product(x, w):
+        return contract(x, w, contracted, "float32")
+
+    got = product(x, w)
+    assert got.shape == expected.shape == (1, 1, 6)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+    dots = [e for e in jax.make_jaxpr(product)(x, w).eqns if e.primitive.name == "dot_general"]
+    assert [e.outvars[0].aval.shape for e in dots] == [(2, 6)]
