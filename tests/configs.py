@@ -1,8 +1,4 @@
-"""Small models that tests share, and a jit for programs that run once or twice."""
-
-import functools
-
-import jax
+"""Small models that tests share."""
 
 from deepseek_jax.config import ModelConfig
 
@@ -39,10 +35,3 @@ MICRO_V2 = MICRO.replace(
     device_loss_alpha=0.05,
     communication_loss_alpha=0.02,
 )
-
-# Compiling is what takes the time of a test that runs its program once or twice.
-QUICK_COMPILE = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-}
-quick_jit = functools.partial(jax.jit, compiler_options=QUICK_COMPILE)

@@ -17,6 +17,11 @@ if "--xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "
         " --xla_cpu_collective_call_warn_stuck_timeout_seconds=300"
         " --xla_cpu_collective_call_terminate_timeout_seconds=600"
     )
+    if os.environ["JAX_PLATFORMS"] == "cpu":
+        # A test runs its programs once or twice: compiling is what takes its time.
+        os.environ["XLA_FLAGS"] += (
+            " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+        )
 
 # Tests compile the same programs over and over. What one has compiled the others load, those of
 # the other workers and of child processes too.

@@ -14,7 +14,7 @@ from deepseek_jax.config import FLOAT32
 from deepseek_jax.data.tokenizer import train_bpe
 from deepseek_jax.generate import Sampling
 from deepseek_jax.types import UserError
-from tests.configs import MICRO, quick_jit
+from tests.configs import MICRO
 
 pytest.importorskip("lm_eval")
 from deepseek_jax.cli.harness_model import HarnessModel
@@ -27,7 +27,7 @@ OPTIONS = ServingConfig(run=Path("."), slots=3, sampling=Sampling(max_new_tokens
 
 def ready(tmp_path, devices=1):
     model = DeepSeekV3(CONFIG, FLOAT32)
-    params = quick_jit(lambda key: init_params(model, key))(jax.random.key(0))
+    params = jax.jit(lambda key: init_params(model, key))(jax.random.key(0))
     params = jax.tree.map(lambda x: x * 3, params)  # far from uniform
     mesh = sharding.make_mesh(f"data={devices}", jax.devices()[:devices])
     return Opened(model, params, init_router_bias(CONFIG), TOKENIZER, tmp_path, mesh)

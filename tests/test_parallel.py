@@ -24,7 +24,7 @@ from deepseek_jax.train import optim
 from deepseek_jax.train.loop import divide_batch
 from deepseek_jax.train.losses import pretrain_loss
 from deepseek_jax.train.step import init_state, make_train_step, state_shardings
-from tests.configs import MICRO, MICRO_V2, QUICK_COMPILE, quick_jit
+from tests.configs import MICRO, MICRO_V2
 
 # Two heads, 64 tokens and 8 experts: what tensor=2 and expert=8 can divide.
 V3 = MICRO.replace(vocab_size=64, moe_intermediate_size=20, num_nextn_predict_layers=1)
@@ -60,11 +60,9 @@ def train(config, mesh_text, parallel=ExpertParallel(), pieces=1, remat="none"):
     with jax.set_mesh(mesh):
         where = state_shardings(model, TX, mesh)
         init = functools.partial(init_state, model, TX)
-        state = jax.jit(init, out_shardings=where, compiler_options=QUICK_COMPILE)(
-            jax.random.key(0)
-        )
+        state = jax.jit(init, out_shardings=where)(jax.random.key(0))
         step = make_train_step(model, TX, loss_fn, lambda step: 0.01)
-        step = jax.jit(step, out_shardings=(where, None), compiler_options=QUICK_COMPILE)
+        step = jax.jit(step, out_shardings=(where, None))
         history = []
         for seed in range(3):
             parts = [Batch(*(x[i::pieces] for x in rows(seed))) for i in range(pieces)]
@@ -155,11 +153,11 @@ def test_with_accumulation_and_rematerialisation(remat):
 def test_random_parameters_are_the_same_on_any_mesh():
     model = DeepSeekV3(V3, FLOAT32)
     init = functools.partial(init_params, model)
-    whole = quick_jit(init)(jax.random.key(0))
+    whole = jax.jit(init)(jax.random.key(0))
     mesh = sharding.make_mesh("fsdp=2,expert=2,tensor=2")
     where = jax.tree.map(lambda x: x.sharding, sharded_params(model, mesh))
     with jax.set_mesh(mesh):
-        sharded = quick_jit(init, out_shardings=where)(jax.random.key(0))
+        sharded = jax.jit(init, out_shardings=where)(jax.random.key(0))
     jax.tree.map(np.testing.assert_array_equal, *jax.device_get((whole, sharded)))
     experts = np.asarray(whole["moe_layers"]["moe"]["w1"]).reshape(-1, 24 * 20)
     assert len(np.unique(experts[:, 0])) == len(experts)  # no two from one key
@@ -207,7 +205,7 @@ def test_dispatchers_agree_with_one_device(kind, mesh_text):
     def alone(*args):
         return local_experts(*args, FLOAT32)
 
-    expected = quick_jit(lambda: run(alone))()
+    expected = jax.jit(lambda: run(alone))()
     mesh = sharding.make_mesh(mesh_text)
     names = ("expert", None, "expert_mlp"), ("expert", None, "expert_mlp")
     specs = ExpertWeights(*(sharding.spec(*n) for n in (*names, ("expert", "expert_mlp_in", None))))
@@ -224,7 +222,7 @@ def test_dispatchers_agree_with_one_device(kind, mesh_text):
             )(x, experts, gates, weights)
 
         with jax.set_mesh(mesh):
-            got = quick_jit(lambda sharded=sharded: run(sharded))()
+            got = jax.jit(lambda sharded=sharded: run(sharded))()
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), expected, got
         )
@@ -279,11 +277,11 @@ def test_bfloat16_combines_as_one_device_does():
         )
     )
     precision = Precision()
-    expected = quick_jit(lambda: local_experts(x, experts, gates, weights, precision))()
+    expected = jax.jit(lambda: local_experts(x, experts, gates, weights, precision))()
     rows, own = sharding.spec("batch", None), sharding.spec("expert")
     for parallel in (RAGGED, RING):
         with jax.set_mesh(mesh):
-            got = quick_jit(
+            got = jax.jit(
                 sharding.per_device(
                     lambda x, experts, gates, weights, parallel=parallel: routed_experts(
                         [Chosen(x, experts, gates)], weights, precision, parallel
@@ -336,7 +334,7 @@ def with_gradients(layer, args):
         # As a loss has it: of another size for every row.
         return y, pullback(jnp.cos(jnp.arange(y.size)).reshape(y.shape).astype(y.dtype))
 
-    return quick_jit(run)(args)
+    return jax.jit(run)(args)
 
 
 def relative(got, want):
@@ -418,7 +416,7 @@ def test_a_buffer_too_small_for_balance_is_refused():
 def test_decoding_per_device_equals_one_device(mesh_text, parallel):
     """From a filled cache, with weights placed as serving has them."""
     model = DeepSeekV3(V3, FLOAT32, parallel=parallel)
-    params = quick_jit(functools.partial(init_params, model))(jax.random.key(0))
+    params = jax.jit(functools.partial(init_params, model))(jax.random.key(0))
     bias, held = init_router_bias(V3), jnp.arange(8, dtype=jnp.int32)
     cache = jax.tree.map(
         lambda x: jax.random.normal(jax.random.key(1), x.shape), init_cache(V3, 8, 12)
@@ -426,11 +424,11 @@ def test_decoding_per_device_equals_one_device(mesh_text, parallel):
     cache = cache._replace(length_B=held)
     tokens = jax.random.randint(jax.random.key(2), (8, 1), 0, V3.vocab_size)
     step = functools.partial(decode_step, model)
-    logits, after = quick_jit(step)(params, bias, tokens, cache)
+    logits, after = jax.jit(step)(params, bias, tokens, cache)
     mesh = sharding.make_mesh(mesh_text)
     where = jax.tree.map(lambda x: x.sharding, sharded_params(model, mesh, stored=False))
     with jax.set_mesh(mesh):
-        found, found_after = quick_jit(step)(jax.device_put(params, where), bias, tokens, cache)
+        found, found_after = jax.jit(step)(jax.device_put(params, where), bias, tokens, cache)
     np.testing.assert_allclose(found, logits, atol=2e-5)
     np.testing.assert_allclose(found_after.c_kv_LBSR, after.c_kv_LBSR, atol=2e-5)
     np.testing.assert_array_equal(found_after.length_B, held + 1)

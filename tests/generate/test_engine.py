@@ -15,7 +15,7 @@ from deepseek_jax.generate import Engine, EngineConfig, Request, Sampling
 from deepseek_jax.generate.slots import _STARTED_AT_ONCE
 from deepseek_jax.model import attention
 from deepseek_jax.model.transformer import init_cache
-from tests.configs import MICRO, quick_jit
+from tests.configs import MICRO
 
 CONFIG = MICRO.replace(vocab_size=62, num_hidden_layers=2, max_position_embeddings=64)
 LENGTH = 32
@@ -27,14 +27,14 @@ GREEDY = Sampling(max_new_tokens=6, temperature=0.0)
 @functools.cache
 def setup():
     model = DeepSeekV3(CONFIG, FLOAT32)
-    params = quick_jit(lambda key: init_params(model, key))(jax.random.key(0))
+    params = jax.jit(lambda key: init_params(model, key))(jax.random.key(0))
     return model, params, init_router_bias(CONFIG)
 
 
 @functools.cache
 def full_forward():
     _, params, bias = setup()
-    return quick_jit(lambda tokens: forward(CONFIG, params, bias, tokens))
+    return jax.jit(lambda tokens: forward(CONFIG, params, bias, tokens))
 
 
 def logits_of(tokens):
@@ -138,7 +138,7 @@ def test_drafts_are_what_the_training_forward_predicts():
     params = params | {"head": params["head"].at[:, 4:].set(0)}
     engine = Engine(model, params, bias, EngineConfig(4, LENGTH, 4, 8, rounds=1, drafts=2))
 
-    @quick_jit
+    @jax.jit
     def logits(tokens):
         out = model.apply({"params": params}, tokens, bias)
         return [x[0].argmax(-1) for x in (out.logits_BTV, *out.mtp_logits)]
@@ -239,7 +239,7 @@ def test_routing_is_reported_as_it_was():
     kept = jnp.asarray(completion.experts_lTK[:, None], jnp.int32)
     other_bias = bias + 10 * jax.random.normal(jax.random.key(1), bias.shape)
 
-    @quick_jit
+    @jax.jit
     def logits(bias, experts):
         hidden = model.apply(
             {"params": params}, tokens, bias, experts_LBTK=experts, method="hidden"
@@ -298,9 +298,11 @@ def test_absorbed_and_expanded_attention_agree_over_several_blocks(monkeypatch):
     )
     q, q_pe = (jnp.asarray(rng.standard_normal((B, T, N, d)), jnp.float32) for d in (C, P))
     w = jnp.asarray(rng.standard_normal((R, N, C + 14)), jnp.float32)
-    expanded = attention.attend_expanded(
-        q, q_pe, cache, 1, 0.3, lambda c_kv: jnp.einsum("bsr,rnx->bsnx", c_kv, w)
-    )
+
+    def expand(c_kv):
+        return jnp.split(jnp.einsum("bsr,rnx->bsnx", c_kv, w), [C], axis=-1)
+
+    expanded = attention.attend_expanded(q, q_pe, cache, 1, 0.3, expand)
     q_nope = jnp.einsum("btnc,rnc->btnr", q, w[..., :C])
     absorbed = attention.attend_absorbed(q_nope, q_pe, cache, 1, 0.3)
     absorbed = jnp.einsum("btnr,rno->btno", absorbed, w[..., C:])

@@ -9,20 +9,20 @@ from deepseek_jax import DeepSeekV3, init_params, init_router_bias
 from deepseek_jax.config import FLOAT32, Precision, Yarn
 from deepseek_jax.model import attention
 from deepseek_jax.model.transformer import init_cache
-from tests.configs import MICRO, quick_jit
+from tests.configs import MICRO
 
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, MICRO.vocab_size, (2, 12)), jnp.int32)
 
 
 def make(config=MICRO, **options):
     model = DeepSeekV3(config, **({"precision": FLOAT32} | options))
-    params = quick_jit(lambda key: init_params(model, key))(jax.random.key(0))
+    params = jax.jit(lambda key: init_params(model, key))(jax.random.key(0))
     bias = jax.random.normal(jax.random.key(1), init_router_bias(config).shape) * 0.1
     return model, params, bias
 
 
 def apply(model, params, *args, **options):
-    return quick_jit(lambda p, args: model.apply({"params": p}, *args, **options))(params, args)
+    return jax.jit(lambda p, args: model.apply({"params": p}, *args, **options))(params, args)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_query_chunks_change_nothing(T, monkeypatch):
         return attention.attend(q, k, v, (segments, segments), 0, 0.4)
 
     def gradients():  # a new function: jit would remember the chunk size it saw
-        return quick_jit(jax.value_and_grad(lambda *a: (run(*a) ** 2).sum(), argnums=(0, 1, 2)))
+        return jax.jit(jax.value_and_grad(lambda *a: (run(*a) ** 2).sum(), argnums=(0, 1, 2)))
 
     whole = gradients()(q, k, v)
     monkeypatch.setattr(attention, "QUERY_CHUNK", 4)
@@ -133,7 +133,7 @@ def gradients(model, params, bias):
         out = model.apply({"params": params}, TOKENS, bias)
         return sum((x**2).mean() for x in (out.logits_BTV, *out.mtp_logits))
 
-    return quick_jit(jax.grad(loss))(params)
+    return jax.jit(jax.grad(loss))(params)
 
 
 @pytest.mark.parametrize("remat", ["full", pytest.param("save_qkv", marks=pytest.mark.slow)])

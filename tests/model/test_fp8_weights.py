@@ -20,7 +20,6 @@ from deepseek_jax.model.transformer import init_cache, logical_axes, sharded_par
 from deepseek_jax.train.lora import LoraConfig, adapters, attach, init_adapter
 from deepseek_jax.train.losses import Totals, pretrain_loss
 from deepseek_jax.types import Batch
-from tests.configs import quick_jit
 from tests.convert_folders import V3, random_tensors, write_folder
 
 E4M3 = jnp.float8_e4m3fn
@@ -88,7 +87,7 @@ def all_logits(model=MODEL, *, jitted=True):
         program = sharding.per_device(local, (specs, sharding.spec(), rows), rows)
         return program(params, bias, tokens)
 
-    return quick_jit(run) if jitted else run
+    return jax.jit(run) if jitted else run
 
 
 def test_a_quarter_of_float32_in_bytes(kept, plain):
@@ -151,7 +150,7 @@ def test_every_device_takes_the_scales_of_its_own_part(mesh_text, folder, kept, 
 
 def test_absorbed_attention_multiplies_out_too(kept, expected):
     """Eight tokens over an empty cache, by decoding's form of attention."""
-    decode = quick_jit(functools.partial(MODEL.apply, method="decode"))
+    decode = jax.jit(functools.partial(MODEL.apply, method="decode"))
     params = serving_params(MODEL, kept[0])
     logits, _ = decode({"params": params}, tokens(), kept[1], init_cache(CONFIG, B, T))
     expected = expected[:, :, 0]
@@ -230,7 +229,7 @@ def test_gradients_of_an_adapter_are_those_over_the_multiplied_out_base(targets,
     model = MODEL if len(targets) == 1 else dataclasses.replace(MODEL, remat="full")
     config = LoraConfig(lora_rank=3, lora_targets=targets)
 
-    @quick_jit
+    @jax.jit
     def random_adapter(key):
         adapter = init_adapter(model, config, key)
         return jax.tree.map(lambda x: x + 0.1 * jax.random.normal(key, x.shape), adapter)
@@ -240,7 +239,7 @@ def test_gradients_of_an_adapter_are_those_over_the_multiplied_out_base(targets,
     batch = Batch(tokens(), tokens(1), ones.astype(jnp.float32), jnp.cumsum(ones, 1) - 1, ones)
     totals = Totals(batch.loss_weights_BT.sum(), jnp.int32(1))
 
-    @quick_jit
+    @jax.jit
     def gradients(adapter, base, bias):
         def loss(adapter):
             both = attach(base, adapter, config.scale)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from deepseek_jax.config import FLOAT32
 from deepseek_jax.model.moe import MoE, balance, route, updated_bias
-from tests.configs import MICRO, MICRO_V2, quick_jit
+from tests.configs import MICRO, MICRO_V2
 
 E, K, G = MICRO.n_routed_experts, MICRO.num_experts_per_tok, MICRO.n_group
 B, T = 2, 9
@@ -173,7 +173,7 @@ def test_balance_loss_pushes_down_the_overloaded_expert(config):
 def moe_params(config, key=0):
     module = MoE(config, FLOAT32)
     x = jax.random.normal(jax.random.key(key), (B, T, config.hidden_size))
-    variables = quick_jit(module.init)(jax.random.key(key + 1))
+    variables = jax.jit(module.init)(jax.random.key(key + 1))
     params = jax.tree.map(
         lambda box: box.value, variables["params"], is_leaf=lambda v: hasattr(v, "value")
     )
@@ -209,10 +209,10 @@ def test_dispatch_drops_no_token(shared, skew):
         routing = route(jnp.einsum("btd,de->bte", x, params["gate"]), bias, config)
         return (dense_moe(params, x, routing, config) ** 2).sum()
 
-    (value, stats), grads = quick_jit(jax.value_and_grad(ours, argnums=(0, 1), has_aux=True))(
+    (value, stats), grads = jax.jit(jax.value_and_grad(ours, argnums=(0, 1), has_aux=True))(
         params, x
     )
-    expected, expected_grads = quick_jit(jax.value_and_grad(dense, argnums=(0, 1)))(params, x)
+    expected, expected_grads = jax.jit(jax.value_and_grad(dense, argnums=(0, 1)))(params, x)
     assert float(value) == pytest.approx(float(expected), rel=1e-5)
     scale = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(expected_grads))
     jax.tree.map(

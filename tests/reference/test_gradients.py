@@ -13,7 +13,7 @@ from deepseek_jax import DeepSeekV3, forward  # noqa: E402
 from deepseek_jax.config import FLOAT32  # noqa: E402
 from deepseek_jax.model.transformer import abstract_params  # noqa: E402
 from tests.reference.test_logits import CONFIGS, V3  # noqa: E402
-from tests.reference.torch_models import QUICK_COMPILE, our_params, torch_model  # noqa: E402
+from tests.reference.torch_models import our_params, torch_model  # noqa: E402
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def test_gradients_equal_those_of_torch(name, tmp_path):
         logits = forward(config, params, router_bias, jnp.asarray(tokens[:, :-1]))
         return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
 
-    compiled = jax.jit(jax.value_and_grad(loss), compiler_options=QUICK_COMPILE)
+    compiled = jax.jit(jax.value_and_grad(loss))
     our_loss, ours = compiled(params)
     logits = model(torch.from_numpy(tokens[:, :-1])).logits
     their_loss = torch.nn.functional.cross_entropy(
@@ -72,7 +72,7 @@ def test_no_logit_sees_the_future():
         all_logits = (out.logits_BTV, *out.mtp_logits)
         return jnp.stack([jnp.sum(jnp.sin(logits[0, at])) for logits in all_logits])[depth]
 
-    seen = jax.jit(jax.grad(energy), compiler_options=QUICK_COMPILE)
+    seen = jax.jit(jax.grad(energy))
     for depth in range(3):
         gradient = jnp.abs(seen(params["embed"], depth)[:T]).sum(-1)
         assert (gradient[: at + depth + 1] > 0).all(), f"depth {depth} misses some of its past"

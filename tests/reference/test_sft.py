@@ -19,7 +19,7 @@ from deepseek_jax.data.packing import fill_row, pack_samples, rows_to_batch  # n
 from deepseek_jax.data.tokenizer import BOS, EOS, train_bpe  # noqa: E402
 from deepseek_jax.train.losses import Totals, pretrain_loss  # noqa: E402
 from tests.reference.test_logits import CONFIGS  # noqa: E402
-from tests.reference.torch_models import QUICK_COMPILE, our_params, torch_model  # noqa: E402
+from tests.reference.torch_models import our_params, torch_model  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -99,7 +99,7 @@ def test_loss_and_gradients_are_those_of_transformers(tmp_path):
             totals = Totals(batch.loss_weights_BT.sum(), jnp.int32(1))
             return pretrain_loss(DeepSeekV3(config, FLOAT32), params, bias, batch, totals, None)[0]
 
-        compiled = jax.jit(jax.value_and_grad(loss), compiler_options=QUICK_COMPILE)
+        compiled = jax.jit(jax.value_and_grad(loss))
         results[name] = compiled(params)
     for parameter in model.parameters():
         gradient = parameter.grad

@@ -14,12 +14,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.convert import params_from_hf
 
-# These tests run each program once or twice: compiling is what takes their time.
-QUICK_COMPILE = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-}
-
 
 def torch_model(config: ModelConfig, seed: int = 0) -> torch.nn.Module:
     """A float32 model whose every parameter is random and whose logits are of order 1."""

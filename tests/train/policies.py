@@ -20,7 +20,6 @@ from deepseek_jax.train.rollout import RolloutConfig
 from deepseek_jax.train.run import identity
 from deepseek_jax.train.sft import SftConfig
 from deepseek_jax.train.step import init_state
-from tests.configs import quick_jit
 from tests.train.runs import MODEL
 
 PARITY = Term("accuracy", 1.0, lambda prompt, said, answer: digest(said.text) % 2)
@@ -39,7 +38,7 @@ def write_policy(folder: Path, model_config: ModelConfig = MODEL) -> Path:
     train_bpe(["0123456789+="], 266).save(folder / "tokenizer.json")
     init = functools.partial(init_state, model, make_optimizer(OptimConfig(), 100))
     with Checkpointer(folder) as saver:
-        state = quick_jit(init)(jax.random.key(0))
+        state = jax.jit(init)(jax.random.key(0))
         saver.save(1, state, data_state={}, rng=jax.random.key(0))
     return folder
 

@@ -23,7 +23,6 @@ from deepseek_jax.train.optim import OptimConfig
 from deepseek_jax.train.reward_model import RewardModelConfig, train_reward_model
 from deepseek_jax.train.reward_terms import RewardConfig
 from deepseek_jax.types import Batch
-from tests.configs import quick_jit
 from tests.train import policies
 from tests.train.policies import PARITY, SAME, config, rollout
 from tests.train.runs import MODEL, leaves
@@ -54,7 +53,7 @@ def _small():
 
     def jit_step(step, state):
         where = jax.tree.map(lambda x: x.sharding, state)
-        return quick_jit(step, donate_argnums=0, out_shardings=(where, where.step))
+        return jax.jit(step, donate_argnums=0, out_shardings=(where, where.step))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "make_mesh", make_mesh)
@@ -165,7 +164,7 @@ def test_expert_parallel_rollouts_and_updates_are_those_of_one_device(init, tmp_
 def test_kept_routing_is_repeated_whatever_the_router_would_choose():
     """Other biases choose other experts; with the choices of the first they change nothing."""
     model = DeepSeekV3(MODEL, FLOAT32)
-    params = quick_jit(lambda: init_params(model, jax.random.key(0)))()
+    params = jax.jit(lambda: init_params(model, jax.random.key(0)))()
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, 266, (2, 9)).astype(np.int32)
     ones = np.ones((2, 8), np.int32)
@@ -175,7 +174,7 @@ def test_kept_routing_is_repeated_whatever_the_router_would_choose():
     bias = init_router_bias(MODEL)
     other = bias + rng.standard_normal(bias.shape).astype(np.float32)
 
-    @quick_jit
+    @jax.jit
     def logp(bias, experts):
         return policy_output(model, params, bias, batch, experts_BTLK=experts).logp_BT
 

@@ -14,7 +14,7 @@ from deepseek_jax.train import losses
 from deepseek_jax.train.logprobs import policy_output, token_logprobs
 from deepseek_jax.train.objective import ObjectiveConfig, policy_loss, step_totals
 from deepseek_jax.types import Rollout
-from tests.configs import MICRO, quick_jit
+from tests.configs import MICRO
 
 M, D, V = 37, 8, 50
 
@@ -65,7 +65,7 @@ def test_value_gradient_and_entropy_equal_plain_softmax(at_once, temperature, ma
         return (jnp.exp(logp) * factors).sum(), (logp, *rest)
 
     grad = functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
-    got, want = quick_jit(grad(ours))(hidden, head), quick_jit(grad(theirs))(hidden, head)
+    got, want = jax.jit(grad(ours))(hidden, head), jax.jit(grad(theirs))(hidden, head)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), got, want)
 
 
@@ -147,7 +147,7 @@ def loss_and_grads(mesh_text, make, logprobs, stored):
 
         everywhere = sharding.spec()
         run = sharding.per_device(gradients, (specs, where), (everywhere, specs))
-        return jax.device_get(quick_jit(run)(params, data))
+        return jax.device_get(jax.jit(run)(params, data))
 
 
 def assert_eight_devices_equal_one(make, logprobs, stored=True):
@@ -182,7 +182,7 @@ def test_eight_devices_equal_one_from_the_embedding_to_the_loss():
 @pytest.mark.slow
 def test_eight_devices_equal_one_through_the_model():
     def make():
-        params = quick_jit(lambda: init_params(MODEL, jax.random.key(0)))()
+        params = jax.jit(lambda: init_params(MODEL, jax.random.key(0)))()
         return params, logical_axes(MODEL)
 
     def logprobs(params, data):

@@ -22,7 +22,7 @@ from deepseek_jax.train.lora import LoraConfig, adapters, attach, init_adapter, 
 from deepseek_jax.train.optim import OptimConfig
 from deepseek_jax.train.sft import SFT_OPTIM, SftConfig, sft
 from deepseek_jax.types import UserError
-from tests.configs import MICRO, quick_jit
+from tests.configs import MICRO
 from tests.train import runs
 
 LORA = LoraConfig(lora_rank=4, lora_alpha=8.0)
@@ -48,10 +48,10 @@ def logits(model, params, tokens):
 )
 def test_merged_logits_are_the_unmerged_ones(changes):
     model = DeepSeekV3(MICRO.replace(**changes), FLOAT32)
-    base = quick_jit(lambda key: init_params(model, key))(jax.random.key(0))
+    base = jax.jit(lambda key: init_params(model, key))(jax.random.key(0))
     adapter = random_adapter(model, LORA)
     tokens = jax.random.randint(jax.random.key(3), (2, 9), 0, MICRO.vocab_size)
-    run = quick_jit(lambda params: logits(model, params, tokens))
+    run = jax.jit(lambda params: logits(model, params, tokens))
     plain = run(base)
     unmerged = run(attach(base, adapter, LORA.scale))
     merged = run(merge(base, adapter, LORA.scale))

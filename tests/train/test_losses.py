@@ -10,7 +10,7 @@ from deepseek_jax import Batch, DeepSeekV3, init_params, init_router_bias
 from deepseek_jax.config import FLOAT32
 from deepseek_jax.train import losses
 from deepseek_jax.train.losses import Totals, cross_entropy, mtp_targets, pretrain_loss
-from tests.configs import MICRO, quick_jit
+from tests.configs import MICRO
 
 N, D, V = 37, 8, 50
 
@@ -41,14 +41,14 @@ def total(*args):
 def test_cross_entropy_equals_optax_whatever_the_chunk(at_once, monkeypatch):
     monkeypatch.setattr(losses, "LOGITS_AT_ONCE", at_once)
     args = inputs()
-    ours = quick_jit(jax.value_and_grad(lambda *a: 3 * total(*a), argnums=(0, 1)))(*args)
-    expected = quick_jit(jax.value_and_grad(lambda *a: 3 * plain(*a), argnums=(0, 1)))(*args)
+    ours = jax.jit(jax.value_and_grad(lambda *a: 3 * total(*a), argnums=(0, 1)))(*args)
+    expected = jax.jit(jax.value_and_grad(lambda *a: 3 * plain(*a), argnums=(0, 1)))(*args)
     assert float(ours[0]) == pytest.approx(float(expected[0]), rel=1e-5)
     for got, want in zip(ours[1], expected[1], strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
-    without_gradient = quick_jit(lambda *a: 3 * total(*a))(*args)
+    without_gradient = jax.jit(lambda *a: 3 * total(*a))(*args)
     assert float(without_gradient) == pytest.approx(float(ours[0]), rel=1e-6)
-    rows = quick_jit(lambda *a: cross_entropy(*a)[1])(*args)
+    rows = jax.jit(lambda *a: cross_entropy(*a)[1])(*args)
     np.testing.assert_allclose(rows, plain_rows(*args[:3]), rtol=1e-5, atol=1e-5)
 
 
@@ -98,7 +98,7 @@ def test_mtp_targets_are_tokens_further_on_in_the_same_document(depth):
 
 def setup():
     model = DeepSeekV3(MICRO, FLOAT32)
-    params = quick_jit(lambda key: init_params(model, key))(jax.random.key(0))
+    params = jax.jit(lambda key: init_params(model, key))(jax.random.key(0))
     return model, params, init_router_bias(MICRO)
 
 
@@ -126,8 +126,8 @@ def test_the_loss_is_the_sum_of_its_equations():
         totals = Totals(b.loss_weights_BT.sum(), jnp.int32(1))
         return pretrain_loss(model, params, bias, b, totals, 0.3)[0]
 
-    value, grads = quick_jit(jax.value_and_grad(ours))(params)
-    expected, expected_grads = quick_jit(jax.value_and_grad(by_hand))(params)
+    value, grads = jax.jit(jax.value_and_grad(ours))(params)
+    expected, expected_grads = jax.jit(jax.value_and_grad(by_hand))(params)
     assert float(value) == pytest.approx(float(expected), rel=1e-5)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), grads, expected_grads
@@ -139,7 +139,7 @@ def test_micro_batches_add_up_to_the_whole():
     b = batch()
     weight = b.loss_weights_BT.sum()
 
-    @quick_jit
+    @jax.jit
     def loss(b, pieces):
         return pretrain_loss(model, params, bias, b, Totals(weight, pieces), 0.3)
 

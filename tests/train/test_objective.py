@@ -18,7 +18,6 @@ from deepseek_jax.train.objective import (
     without_truncated,
 )
 from deepseek_jax.types import Rollout, UserError
-from tests.configs import quick_jit
 
 B, T, MAX_TOKENS = 6, 9, 8
 CLIPS = {"grpo": (0.2, 0.2), "dr_grpo": (0.2, 0.2), "dapo": (0.2, 0.28), "gspo": (3e-4, 4e-4)}
@@ -131,7 +130,7 @@ def test_loss_and_gradient_equal_numpy(variant, options):
     def ours(logp):
         return policy_loss(logp, rollout, step_totals(jnp.asarray(mask)), config, MAX_TOKENS)
 
-    (loss, metrics), grad = quick_jit(jax.value_and_grad(ours, has_aux=True))(jnp.asarray(logp))
+    (loss, metrics), grad = jax.jit(jax.value_and_grad(ours, has_aux=True))(jnp.asarray(logp))
 
     def theirs(logp):
         return by_hand(
@@ -159,7 +158,7 @@ def test_micro_batches_add_up_to_the_step(variant):
 
     def share(rows):
         parts = [x[rows] for x in rest]
-        f = quick_jit(functools.partial(loss_of, totals=totals, config=config))
+        f = jax.jit(functools.partial(loss_of, totals=totals, config=config))
         return f(jnp.asarray(logp[rows]), rollout_of(*parts))
 
     whole, metrics = share(slice(None))
@@ -178,7 +177,7 @@ def test_on_policy_the_ratio_is_exactly_one(variant):
     for old in (logp, None):  # kept from the rollout, or left out for one update per rollout
         rollout = rollout_of(old, ref, None, advantages, mask)
         f = functools.partial(loss_of, rollout=rollout, totals=totals, config=config)
-        (loss, metrics), grad = quick_jit(jax.value_and_grad(f, has_aux=True))(jnp.asarray(logp))
+        (loss, metrics), grad = jax.jit(jax.value_and_grad(f, has_aux=True))(jnp.asarray(logp))
         assert float(metrics["ratio"]) == pytest.approx(1, abs=1e-6)
         assert metrics["clipped_low"] == metrics["clipped_high"] == 0
         outcomes.append((loss, grad))
@@ -239,7 +238,7 @@ def test_what_lies_outside_completions_cannot_matter():
     totals = step_totals(jnp.asarray(mask))
 
     f = functools.partial(loss_of, totals=totals, config=config)
-    step = quick_jit(jax.value_and_grad(f, has_aux=True))
+    step = jax.jit(jax.value_and_grad(f, has_aux=True))
 
     def value_and_grad(*four):
         return step(four[0], rollout_of(*four[1:], advantages, mask))

@@ -14,7 +14,7 @@ from deepseek_jax.train.loop import LoopConfig
 from deepseek_jax.train.losses import pretrain_loss
 from deepseek_jax.train.optim import OptimConfig
 from deepseek_jax.train.step import abstract_state, init_state, make_train_step
-from tests.configs import MICRO, quick_jit
+from tests.configs import MICRO
 
 STEPS = 148_000  # a step is 10^8 of the report's 14.8T tokens
 
@@ -189,7 +189,7 @@ def losses(precision: Precision, steps: int = 60, **options: str) -> np.ndarray:
     model = DeepSeekV3(config, precision)
     changes = {"peak_lr": 3e-3, "warmup_steps": 0, "weight_decay": 0.0}
     tx = optim.make_optimizer(OptimConfig(**(changes | options)), 1000)
-    step = quick_jit(
+    step = jax.jit(
         make_train_step(
             model,
             tx,

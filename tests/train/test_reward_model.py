@@ -32,7 +32,7 @@ from deepseek_jax.train.reward_model import (
 )
 from deepseek_jax.train.step import init_state, make_train_step, state_shardings
 from deepseek_jax.types import UserError
-from tests.configs import MICRO, QUICK_COMPILE, quick_jit
+from tests.configs import MICRO
 from tests.train.runs import MODEL
 
 OPTIM = optim.OptimConfig(peak_lr=3e-3, warmup_steps=2)
@@ -79,7 +79,7 @@ def policy(tmp_path_factory):
     claim_run_directory(out, {"stage": "pretrain", "model": MODEL.to_hf()}, resume=False)
     train_bpe(["yes no a b c d e f g h"], 266).save(out / "tokenizer.json")
     model, tx = DeepSeekV3(MODEL, FLOAT32), optim.make_optimizer(OPTIM, 10)
-    state = quick_jit(lambda: init_state(model, tx, jax.random.key(0)))()
+    state = jax.jit(lambda: init_state(model, tx, jax.random.key(0)))()
     with Checkpointer(out) as saver:
         saver.save(1, state, data_state={}, rng=jax.random.key(0))
     return out
@@ -206,7 +206,7 @@ def test_eight_devices_and_micro_batches_equal_one(kind):
         ]
         with jax.set_mesh(mesh):
             init = jax.jit(lambda: init_state(model, tx, jax.random.key(0)), out_shardings=where)
-            compiled = jax.jit(step, compiler_options=QUICK_COMPILE, out_shardings=(where, None))
+            compiled = jax.jit(step, out_shardings=(where, None))
             batch = divide_batch(size, 12, mesh).place(parts)
             state, metrics = compiled(init(), batch, np.float32(np.inf))
         return jax.device_get((state.params, metrics["loss"], metrics["accuracy"]))

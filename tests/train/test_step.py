@@ -20,7 +20,7 @@ from deepseek_jax.train.step import (
     make_train_step,
     state_shardings,
 )
-from tests.configs import MICRO, QUICK_COMPILE
+from tests.configs import MICRO
 
 CONFIG = MICRO.replace(num_nextn_predict_layers=1)
 MODEL = DeepSeekV3(CONFIG, FLOAT32)
@@ -49,9 +49,8 @@ def compiled(mesh_text="data=1"):
     devices = jax.devices() if mesh_text != "data=1" else jax.devices()[:1]
     mesh = sharding.make_mesh(mesh_text, devices)
     where = state_shardings(MODEL, TX, mesh)
-    options = {"compiler_options": QUICK_COMPILE, "out_shardings": (where, None)}
     init = jax.jit(functools.partial(init_state, MODEL, TX), out_shardings=where)
-    return mesh, init, jax.jit(STEP, **options)
+    return mesh, init, jax.jit(STEP, out_shardings=(where, None))
 
 
 def run(mesh_text="data=1", steps=3, pieces=1):
