@@ -93,7 +93,7 @@ def families(run: Experiment) -> Recipe:
     size = SIZES[run.hardware]
     return Recipe(
         name="families",
-        # Rows of up to 290 tokens: 1024 at a time ask for 50 GB, beside nothing else.
+        # Rows of up to 290 tokens: 1024 at a time ask for 50 GB.
         size=replace(size, micro_batch=min(256, size.micro_batch)),
         questions=questions,
         max_new_tokens=160,
