@@ -515,7 +515,7 @@ def draw(pairs: dict[str, tuple[np.ndarray, np.ndarray]], path: Path) -> None:
     for bound in (-100 * BOUND, 100 * BOUND):
         right.axhline(bound, color="0.5", linestyle="--", linewidth=0.8)
     left.set(xlabel="step", ylabel="loss (nats per token)")
-    right.set(xlabel="step", ylabel="difference of the loss (%)", ylim=(-1, 1))
+    right.set(xlabel="step", ylabel="difference of the loss (%)")
     for axis in (left, right):
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)

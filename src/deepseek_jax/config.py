@@ -20,9 +20,8 @@ from deepseek_jax.types import UserError
 # default epsilon whatever rms_norm_eps says; it matters for Moonlight (rms_norm_eps = 1e-5).
 LATENT_NORM_EPS = 1e-6
 
-# "selective" is the V3 report's recipe (section 3.2.3), "save_qkv" the same without computing the
-# MLA up-projections again; see model/transformer.py.
-RematPolicy = Literal["none", "full", "selective", "save_qkv"]
+# "selective" is the V3 report's recipe (section 3.2.3), see model/transformer.py.
+RematPolicy = Literal["none", "full", "selective"]
 Dtype = Literal["float32", "bfloat16"]
 
 

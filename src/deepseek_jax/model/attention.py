@@ -42,9 +42,6 @@ LEAST = -1e30
 # Under rematerialisation its results are known by it: the second, the sums of softmax, is a
 # residual of cuDNN's own and has no name.
 CUDNN_ATTENTION = cudnn._dot_product_attention_fwd_p_wrapper
-# And what its backward pass reads: where there is memory, 2 N (2 H + O) bytes a token and layer
-# save the up-projections, rotations and copies that lead there.
-QKV = "mla_qkv"
 
 
 class Positions(NamedTuple):
@@ -291,7 +288,6 @@ class MLA(ParamModule):
                 if not self.whole_rows:
                     own_BT = positions.segment_ids_BT
                     segments = own_BT, sharding.all_gather(own_BT, "sequence", 1)
-                q, k, v = (checkpoint_name(x, QKV) for x in (q, k, v))
                 out = attend(q, k, v, segments, first, c.softmax_scale)
             else:
                 cache = write_cache(cache, layer, c_kv_BTR, k_pe_BTNP[:, :, 0])

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from deepseek_jax import sharding
 from deepseek_jax.config import FLOAT32, ModelConfig, Precision, RematPolicy
-from deepseek_jax.model.attention import CUDNN_ATTENTION, MLA, QKV, Positions
+from deepseek_jax.model.attention import CUDNN_ATTENTION, MLA, Positions
 from deepseek_jax.model.dispatch import ExpertParallel
 from deepseek_jax.model.layers import (
     GATHERED,
@@ -131,16 +131,10 @@ def _dear(primitive: Any, *_: Any, **params: Any) -> bool:
     return primitive is CUDNN_ATTENTION or params.get("name") in _KEPT
 
 
-def _dear_and_qkv(primitive: Any, *_: Any, **params: Any) -> bool:
-    """Policy "save_qkv"."""
-    return _dear(primitive, **params) or params.get("name") == QKV
-
-
 def _remat(block: type[Block], policy: RematPolicy) -> type[Block]:
     policies: dict[RematPolicy, Any] = {
         "none": _all_but_gathered,
         "selective": _dear,
-        "save_qkv": _dear_and_qkv,
         "full": None,
     }
     # prevent_cse guards against XLA undoing the recomputation; inside a scan it cannot.
