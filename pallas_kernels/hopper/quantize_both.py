@@ -116,8 +116,8 @@ def _body(count, first, low, high, *refs, has, swiglu, by_row, by_column, power_
     @pl.when(tile < count[0])
     def _():
         given, rest = iter(refs[: sum(has)]), refs[sum(has) :]
-        some_or_none: Any = [next(given) if there else None for there in has]
-        x, factors, scales = some_or_none
+        inputs: Any = [next(given) if there else None for there in has]
+        x, factors, scales = inputs
         outs, scratch = rest[: -len(names)], dict(zip(names, rest[-len(names) :], strict=True))
         first_row = first[tile]
         own = low[tile] - first_row, high[tile] - first_row
