@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax import sharding
-from deepseek_jax.model.layers import contract, lookup
+from deepseek_jax import Precision, sharding
+from deepseek_jax.model.layers import contract, linear, linears, lookup
 
 
 def test_a_token_seen_often_does_not_stop_learning():
@@ -34,3 +34,17 @@ def test_a_row_alone_is_multiplied_as_a_matrix_on_a_gpu(monkeypatch, inputs):
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
     dots = [e for e in jax.make_jaxpr(product)(x, w).eqns if e.primitive.name == "dot_general"]
     assert [e.outvars[0].aval.shape for e in dots] == [(2, 6)]
+
+
+@pytest.mark.parametrize("matmuls", ["compute", "fp8"])
+@pytest.mark.parametrize("widths", [(2, 64), (24,)], ids=str)
+def test_several_products_of_one_input_are_each_its_own(matmuls, widths):
+    """In FP8 also where a block of scales would belong to two of them."""
+    precision = Precision(compute="float32", matmuls=matmuls)
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (2, 3, 256))
+    ws = [jax.random.normal(k, (256, *w)) for k, w in zip(keys[1:], (widths, (40,)), strict=True)]
+    together = linears(x, ws, precision)
+    for one, w in zip(together, ws, strict=True):
+        assert one.shape == (2, 3, *w.shape[1:])
+        np.testing.assert_allclose(one, linear(x, w, precision), rtol=1e-5, atol=1e-4)
