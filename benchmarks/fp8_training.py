@@ -6,8 +6,9 @@ Both runs have the same initial parameters and read the same rows in the same or
 documentation of what is installed (`local_text`). Where there are enough devices each run has its
 own, or several (``data=n``); otherwise runs take turns of ``--turn`` steps, so that wherever time
 ends both curves are as long. Every loss is in ``losses.jsonl`` as soon as it is known; ``--report``
-makes the table and the picture of it again. With ``--seeds 2`` there are two pairs, which also say
-how far two runs in BF16 lie apart.
+makes the table and the picture of it again. ``--runs bf16 fp8 control`` adds a run in BF16 whose
+initial parameters are rounded to BF16 once: how far two runs part that differ in next to nothing.
+With ``--seeds 2`` there are two of each.
 
 V3 section 3.3 and appendix B.1: the relative error of the loss "remains consistently below 0.25%".
 """
@@ -48,7 +49,11 @@ from deepseek_jax.train.losses import Totals, pretrain_loss
 from deepseek_jax.train.step import abstract_state, batch_specs, init_state, make_train_step
 
 BOUND = 0.0025
-MATMULS: dict[str, Literal["compute", "fp8"]] = {"bf16": "compute", "fp8": "fp8"}
+MATMULS: dict[str, Literal["compute", "fp8"]] = {
+    "bf16": "compute",
+    "fp8": "fp8",
+    "control": "compute",
+}
 LOSSES = "losses.jsonl"
 
 
@@ -163,6 +168,8 @@ class Arm:
             )
             self.evaluate = evaluate.result()
             init = functools.partial(init_state, self.model, self.tx)
+            if self.name == "control":
+                init = functools.partial(_rounded_once, init)
             self.state = jax.jit(init, out_shardings=where)(jax.random.key(self.seed))
 
     def place(self, ids: np.ndarray) -> jax.Array:
@@ -199,6 +206,12 @@ class Arm:
             count += ids[:, 1:].size
             total += int(token_bytes[ids[:, 1:]].sum())
         return nats / count, nats / math.log(2) / total
+
+
+def _rounded_once(init: Callable[[jax.Array], Any], key: jax.Array) -> Any:
+    state = init(key)
+    round_once = lambda x: x.astype(jnp.bfloat16).astype(x.dtype)  # noqa: E731
+    return state._replace(params=jax.tree.map(round_once, state.params))
 
 
 # --- what was computed how -------------------------------------------------------------------
@@ -336,7 +349,7 @@ def work(
 def train(arguments: argparse.Namespace, setting: Setting) -> dict[str, Any]:
     """All runs; what is known of them beside their losses."""
     sayings, tracing, writing = Sayings(), threading.Lock(), threading.Lock()
-    devices, runs = jax.devices(), list(itertools.product(range(arguments.seeds), MATMULS))
+    devices, runs = jax.devices(), list(itertools.product(range(arguments.seeds), arguments.runs))
     each = max(1, len(devices) // len(runs))
     meshes = [
         sharding.make_mesh(f"data={each}", devices[i : i + each])
@@ -478,9 +491,10 @@ def report(out: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     seeds = sorted({seed for _, seed in curves})
     pairs = {
-        f"FP8 against BF16, seed {s}": (curves["bf16", s], curves["fp8", s])
+        f"{name} against BF16, seed {s}": (curves["bf16", s], curves[run, s])
+        for run, name in (("fp8", "FP8"), ("control", "BF16 rounded once"))
         for s in seeds
-        if ("bf16", s) in curves and ("fp8", s) in curves
+        if ("bf16", s) in curves and (run, s) in curves
     }
     for a, b in itertools.combinations(seeds, 2):
         if ("bf16", a) in curves and ("bf16", b) in curves:
@@ -539,6 +553,7 @@ def main() -> None:
     parser.add_argument("--peak-lr", type=float, default=4e-4)
     parser.add_argument("--warmup", type=int, help="steps; default: as `OptimConfig`")
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--runs", nargs="+", default=["bf16", "fp8"], choices=MATMULS)
     parser.add_argument("--turn", type=int, default=50)
     parser.add_argument("--roots", type=Path, nargs="*", default=[], help="further folders of text")
     parser.add_argument("--text-mb", type=int, default=600)
