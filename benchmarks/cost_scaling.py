@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 import jax
 
 from benchmarks import profile_parts
-from benchmarks.timing import deadline
+from benchmarks.timing import deadline, say
 from benchmarks.train_step import Run, model_arguments, slice_of, step_arguments
 from deepseek_jax import ModelConfig
 from deepseek_jax.model.transformer import param_counts
@@ -130,14 +130,6 @@ def expected(work: Work, base: Work, base_seconds: float, matmuls: str) -> float
 
 
 # --- running ----------------------------------------------------------------------------------
-
-
-def say(*parts: Any) -> None:
-    """Print at once, with the time since the start."""
-    print(f"[{time.perf_counter() - _BEGAN:6.1f} s]", *parts, flush=True)
-
-
-_BEGAN = time.perf_counter()
 
 
 def measure(run: Run, arguments: argparse.Namespace) -> dict[str, Any]:

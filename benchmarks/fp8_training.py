@@ -37,7 +37,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from benchmarks import kept_activations, local_text
-from benchmarks.timing import deadline
+from benchmarks.timing import BEGAN, deadline, say
 from deepseek_jax import Batch, DeepSeekV3, ModelConfig, preset, sharding
 from deepseek_jax.config import Dtype, Precision, RematPolicy
 from deepseek_jax.data.tokenizer import Tokenizer, train_bpe
@@ -57,17 +57,9 @@ MATMULS: dict[str, Literal["compute", "fp8"]] = {
 LOSSES = "losses.jsonl"
 
 
-def say(*parts: Any) -> None:
-    """Print at once, with the time since the start."""
-    print(f"[{time.perf_counter() - _BEGAN:6.1f} s]", *parts, flush=True)
-
-
 def say_lines(what: str, lines: Sequence[str]) -> None:
     """The same with a list."""
     say("\n    ".join((what, *lines)))
-
-
-_BEGAN = time.perf_counter()
 
 
 # --- one run ---------------------------------------------------------------------------------
@@ -210,8 +202,8 @@ class Arm:
 
 def _rounded_once(init: Callable[[jax.Array], Any], key: jax.Array) -> Any:
     state = init(key)
-    round_once = lambda x: x.astype(jnp.bfloat16).astype(x.dtype)  # noqa: E731
-    return state._replace(params=jax.tree.map(round_once, state.params))
+    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(x.dtype), state.params)
+    return state._replace(params=rounded)
 
 
 # --- what was computed how -------------------------------------------------------------------
@@ -379,7 +371,7 @@ def train(arguments: argparse.Namespace, setting: Setting) -> dict[str, Any]:
 
     facts: dict[str, Any] = {"device": devices[0].device_kind, "jax": jax.__version__}
     # Half a minute stays for held-out text, the report and what is counted.
-    until = _BEGAN + arguments.limit - arguments.reserve
+    until = BEGAN + arguments.limit - arguments.reserve
     with ThreadPoolExecutor(2 * len(arms) + 1) as pool:
         data = pool.submit(prepare, arguments, setting)
         ready = list(pool.map(compiled, arms))

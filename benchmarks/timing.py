@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -37,7 +38,12 @@ def median_seconds(
     return statistics.median((run(short + calls) - run(short)) / calls for _ in range(repeats))
 
 
-_IMPORTED = time.perf_counter()
+BEGAN = time.perf_counter()
+
+
+def say(*parts: Any) -> None:
+    """Print at once, with the time since the start."""
+    print(f"[{time.perf_counter() - BEGAN:6.1f} s]", *parts, flush=True)
 
 
 def process_age() -> float:
@@ -51,7 +57,7 @@ def process_age() -> float:
         began = int(fields[22 - 3]) / os.sysconf("SC_CLK_TCK")
         return time.clock_gettime(time.CLOCK_BOOTTIME) - began
     except (OSError, AttributeError):
-        return time.perf_counter() - _IMPORTED
+        return time.perf_counter() - BEGAN
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -57,11 +58,8 @@ class Place(NamedTuple):
         self, out: Path, *extra: str, count: int = 2, devices: int = 1
     ) -> list[subprocess.Popen[str]]:
         """``deepseek-jax pretrain`` in ``count`` processes of ``devices`` devices each."""
-        # Compiling is what takes the time here.
-        flags = (
-            f"--xla_force_host_platform_device_count={devices} "
-            "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-        )
+        number = "--xla_force_host_platform_device_count="
+        flags = re.sub(rf"{number}\d+", f"{number}{devices}", os.environ["XLA_FLAGS"])
         environment = os.environ | {
             "XLA_FLAGS": flags,
             "JAX_PLATFORMS": "cpu",

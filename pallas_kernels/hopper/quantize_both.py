@@ -134,22 +134,22 @@ def _body(count, first, low, high, *refs, has, swiglu, by_row, by_column, power_
         if factors is not None or scales is not None:
             plgpu.commit_smem()
         some = _ROWS // 2 if swiglu else _ROWS  # two inputs take twice the registers
+        layout = tile_layout(2)
+
+        def of_rows(name: str, begin: int) -> jax.Array:
+            return compat.load(scratch[name].at[pl.ds(begin, some)], layout.reduce(1))
+
+        def bf16(h, begin: int):
+            """What E4M3 and its tile's scale stand for (`reference.dequantize`)."""
+            if scales is None:
+                return h
+            h = h.astype(jnp.float16).astype(jnp.float32)
+            scale = lax.broadcast_in_dim(of_rows("scales", begin), h.shape, (0,))
+            return (h * scale).astype(jnp.bfloat16)
+
         for part in range(TILE // some):
             within = pl.ds(part * some, some)
             rows = pl.ds(first_row + part * some, some)
-            layout = tile_layout(2)
-
-            def of_rows(name: str, first_row: int, some=some, layout=layout) -> jax.Array:
-                return compat.load(scratch[name].at[pl.ds(first_row, some)], layout.reduce(1))
-
-            def bf16(h, first_row: int):
-                """What E4M3 and its tile's scale stand for (`reference.dequantize`)."""
-                if scales is None:
-                    return h
-                scale = of_rows("scales", first_row)
-                h = h.astype(jnp.float16).astype(jnp.float32)
-                return (h * lax.broadcast_in_dim(scale, h.shape, (0,))).astype(jnp.bfloat16)
-
             h = bf16(compat.load(x.at[rows, columns], layout), part * some)
             if swiglu:
                 right = pl.ds(x.shape[1] // 2 + k_tile * TILE, TILE)

@@ -377,7 +377,7 @@ def ragged_all_to_all(
     if platform() != "cpu":
         buffer = jnp.zeros((size, *rows.shape[1:]), rows.dtype)
         messages = send_offsets, send_sizes, there_offsets, recv_sizes
-        kernel = platform() in ("gpu", "cuda") and parts(logical) <= _GPU_KERNEL_RECEIVERS
+        kernel = on_gpu() and parts(logical) <= _GPU_KERNEL_RECEIVERS
         if kernel and jax.process_count() == 1:
             messages = in_pieces(*messages, GPU_PIECES)
         return jax.lax.ragged_all_to_all(rows, buffer, *messages, axis_name=axis)
@@ -443,6 +443,11 @@ def platform() -> str:
     mesh = jax.sharding.get_abstract_mesh()
     device = None if mesh.empty else mesh.abstract_device
     return device.platform if device else jax.default_backend()
+
+
+def on_gpu() -> bool:
+    """Whether that is a GPU."""
+    return platform() in ("gpu", "cuda")
 
 
 def replicas() -> int:

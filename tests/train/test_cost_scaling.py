@@ -3,7 +3,6 @@
 import argparse
 import json
 
-import jax
 import pytest
 
 from benchmarks import cost_scaling
@@ -32,14 +31,6 @@ def test_each_term_of_the_cost_grows_with_what_it_is_of():
         assert cost_scaling.expected(other, work, 0.1, "compute") == pytest.approx(seconds)
 
 
-@pytest.fixture
-def quickly():
-    """Compiling takes longer than running, here."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def test_the_base_point_belongs_to_all_sweeps_and_sequences_share_its_tokens():
     sizes = dict(experts_sweep=[4, 8], seq_sweep=[32, 128], batch_sweep=[1, 2])
     asked = argparse.Namespace(experts=8, seq=64, batch=2, sweeps=[*cost_scaling.SWEEPS], **sizes)
@@ -52,7 +43,6 @@ def test_the_base_point_belongs_to_all_sweeps_and_sequences_share_its_tokens():
     }
 
 
-@pytest.mark.usefixtures("quickly")
 def test_what_was_measured_becomes_a_table_and_a_picture(tmp_path, capsys):
     slice_ = "--model tiny --layers 1 --dense 0 --vocab 128 --compute float32 --moments float32"
     sizes = "--experts 8 --seq 16 --batch 2 --steps 2 --sweeps experts --experts-sweep 8"

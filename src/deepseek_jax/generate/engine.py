@@ -143,7 +143,7 @@ def serving_params(model: DeepSeekV3, params: Params) -> Params:
     ]
     if mesh.empty:
         cast = [x.astype(dtype) for (_, x), dtype in zip(leaves, dtypes, strict=True)]
-        if sharding.platform() in ("gpu", "cuda"):
+        if sharding.on_gpu():
             cast = [
                 _for_gpu(p[-1].key, x, n) for (p, _), x, n in zip(leaves, cast, own, strict=True)
             ]

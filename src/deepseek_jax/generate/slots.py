@@ -156,7 +156,7 @@ class _Program:
         self._jitted = {gpu: (on_gpu if gpu else jax.jit)(fn, **options) for gpu in (True, False)}
 
     def _here(self) -> Any:
-        return self._jitted[sharding.platform() in ("gpu", "cuda")]
+        return self._jitted[sharding.on_gpu()]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._here()(*args, **kwargs)

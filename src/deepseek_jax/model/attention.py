@@ -79,7 +79,7 @@ def attend(
 
     # What cuDNN's flash attention takes.
     fits = q_BTNH.dtype.itemsize == 2 and max(H, O) <= 256 and H % 8 == O % 8 == 0
-    if sharding.platform() in ("gpu", "cuda") and fits:
+    if sharding.on_gpu() and fits:
         whole = segments is None and T == S
         mask_BNTS = None if whole else seen(0, T)[:, None]
         # Not through ``jax.nn``, which wants values as wide as keys: V3's 192/128 heads take

@@ -48,8 +48,7 @@ def contract(
     of the matrix: five times the bytes. With a second row it reads the matrix where it lies.
     """
     outer = x.shape[: x.ndim - contracted]
-    on_gpu = sharding.platform() in ("gpu", "cuda")
-    alone = on_gpu and x.dtype.itemsize == 2 and math.prod(outer) == 1
+    alone = sharding.on_gpu() and x.dtype.itemsize == 2 and math.prod(outer) == 1
     if alone:
         x = x.reshape(1, *x.shape[len(outer) :])
         x = jnp.concatenate([x, jnp.zeros_like(x)])
