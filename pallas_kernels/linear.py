@@ -28,6 +28,9 @@ The down projection of a feed-forward network takes ``gate`` and ``up`` instead 
 along one axis, and again in the backward pass along the other, from the inputs in FP8 (the paper
 recomputes it likewise).
 
+The gradient of what experts return may come quantized, too, as it is sent to them (section 3.3.3):
+`fp8_grouped_swiglu_linear_returned`.
+
 What stays in higher precision is the caller's choice: in V3 the embedding, the output head, the
 router, norms and the core of attention (section 3.3.1).
 """
@@ -45,6 +48,7 @@ from pallas_kernels import backend
 from pallas_kernels.grouped_matmul import fp8_grouped_matmul, fp8_grouped_wgrad
 from pallas_kernels.matmul import fp8_matmul
 from pallas_kernels.quantize import (
+    BothWays,
     quantize_blocks_both,
     quantize_tiles,
     quantize_tiles_both,
@@ -136,7 +140,26 @@ def fp8_grouped_swiglu_linear(
     is made they cost no pass over the output.
     """
     args = backend.varying_alike(gate_up_MF, factors_M, w_GKN, group_sizes_G)
-    return _swiglu_grouped(*args, impl)
+    return _swiglu_grouped(*args, impl, False)[0]
+
+
+def fp8_grouped_swiglu_linear_returned(
+    gate_up_MF: Float[Array, "M F"],
+    factors_M: Float[Array, "M"],
+    w_GKN: Float[Array, "G K N"] | Quantized,
+    group_sizes_G: Int[Array, "G"],
+    *,
+    impl: Impl = "auto",
+) -> tuple[Float[Array, "M N"], Quantized]:
+    """`fp8_grouped_swiglu_linear` for a gradient that is in FP8 when it comes.
+
+    The second result is the way by which it comes. It holds zeros, which nobody need read; what
+    autodiff takes for *its* gradient must be that of the first result, in 1x128 tiles along N, with
+    scales that are powers of two (see `requantize_tiles`). The gradient of the first result itself
+    is not read.
+    """
+    args = backend.varying_alike(gate_up_MF, factors_M, w_GKN, group_sizes_G)
+    return _swiglu_grouped(*args, impl, True)
 
 
 def as_bytes(values: Float[Array, "..."]) -> UInt8[Array, "..."]:
@@ -297,32 +320,40 @@ def _swiglu_linear_bwd(impl, residuals, dy_MN):
 _swiglu_linear.defvjp(_swiglu_linear_fwd, _swiglu_linear_bwd)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _swiglu_grouped(
     gate_up_MF: jax.Array,
     factors_M: jax.Array,
     w_GKN: jax.Array | Quantized,
     sizes_G: jax.Array,
     impl: Impl,
-):
-    return _swiglu_grouped_fwd(gate_up_MF, factors_M, w_GKN, sizes_G, impl)[0]
+    returned: bool,
+) -> tuple[jax.Array, Quantized]:
+    """The product, and the way by which its gradient comes if it is ``returned`` in FP8."""
+    return _swiglu_grouped_fwd(gate_up_MF, factors_M, w_GKN, sizes_G, impl, returned)[0]
 
 
-def _swiglu_grouped_fwd(gate_up_MF, factors_M, w_GKN, sizes_G, impl):
+def _swiglu_grouped_fwd(gate_up_MF, factors_M, w_GKN, sizes_G, impl, returned):
     tiles = ragged_tiles(sizes_G, gate_up_MF.shape[0])
     h = swiglu_quantize_tiles(gate_up_MF, factors_M, tiles, impl=_quantizer(impl))
     w, w_transposed = _quantized_weight(w_GKN, impl)
     y_MN = fp8_grouped_matmul(h, w_transposed, sizes_G, out_dtype=gate_up_MF.dtype, impl=impl)
     kept = _kept_gate_up(gate_up_MF, impl), factors_M, _named(w, "fp8_weight"), sizes_G
-    return y_MN, (*kept, (gate_up_MF[:0], _like(w_GKN)))
+    M, N = y_MN.shape
+    way = Quantized(jnp.zeros((M, N), E4M3), jnp.zeros((-(-N // TILE), M), jnp.float32))
+    return (y_MN, way), (*kept, (gate_up_MF[:0], _like(w_GKN)))
 
 
-def _swiglu_grouped_bwd(impl, residuals, dy_MN):
+def _swiglu_grouped_bwd(impl, returned, residuals, gradients):
     gate_up, factors_M, w, sizes_G, (like_x, like_w) = residuals
     gate_up_MF = dequantize(gate_up).astype(like_x.dtype)
-    tiles = ragged_tiles(sizes_G, dy_MN.shape[0])
+    dy_MN, dy = gradients
+    tiles = ragged_tiles(sizes_G, len(dy_MN))
     quantizer = _quantizer(impl)
-    dy = quantize_tiles_both(dy_MN, tiles, impl=quantizer)
+    if returned:
+        dy = BothWays(dy, requantize_tiles(dy, tiles, impl=quantizer))
+    else:
+        dy = quantize_tiles_both(dy_MN, tiles, impl=quantizer)
     dh_MK = fp8_grouped_matmul(dy.by_row, w, sizes_G, out_dtype=gate_up_MF.dtype, impl=impl)
     h = swiglu_quantize_tiles(gate_up, factors_M, tiles, axis=0, impl=quantizer)
     wgrad = functools.partial(fp8_grouped_wgrad, h, tiles=tiles, impl=impl)

@@ -169,6 +169,31 @@ def test_swiglu_inside(grouped, impl):
 
 
 @implementations
+def test_a_gradient_returned_in_fp8(impl):
+    """It gives what the same gradient gives unquantized, where quantizing changes no bit of it."""
+    m, k, n = 256, 128, 256
+    sizes = jnp.asarray([128, 0, 128], jnp.int32)
+    x, w, dy = arrays(m, 2 * k, n, jnp.bfloat16, groups=3)
+    w, factors = w[:, :k], jnp.linspace(0.1, 2, m)
+    dy = jnp.clip(dy * 30, -400, 400).astype(reference.E4M3).astype(jnp.bfloat16)
+    # The largest number of E4M3 in every tile of either axis: all scales are one.
+    largest = jnp.arange(m)[:, None] % 128 == jnp.arange(n) % 128
+    dy = jnp.where(largest, 448, dy)
+    q = quantize.quantize_tiles(dy, power_of_two=True)
+    np.testing.assert_array_equal(q.scale, 1)
+
+    def gradients(layer, ct):
+        y, vjp = jax.vjp(lambda *args: layer(*args, sizes, impl=impl), x, factors, w)
+        return y, jax.jit(vjp)(ct)
+
+    y, want = gradients(linear.fp8_grouped_swiglu_linear, dy)
+    unread = jnp.full_like(dy, jnp.nan)
+    (same, _), got = gradients(linear.fp8_grouped_swiglu_linear_returned, (unread, q))
+    for a, b in zip((same, *got), (y, *want), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@implementations
 @pytest.mark.parametrize("grouped", [False, True])
 def test_weights_side_by_side(grouped, impl):
     """Results and gradients are those of one by one, but for how the gradients of x are summed."""

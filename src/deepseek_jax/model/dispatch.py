@@ -12,8 +12,9 @@ token being dropped.
 *ring* passes every device's tokens round the expert axis. It sends more, but only to the
 neighbour, while the tokens at hand are computed; and it runs everywhere.
 
-Where products are in FP8, tokens are quantized before they leave and travel so (V3 section 3.3.3).
-What comes back from the experts, and the gradients of the tokens, are BF16.
+Where products are in FP8, tokens are quantized before they leave and travel so, and in the backward
+pass the gradients that go out to the experts likewise (V3 section 3.3.3). What comes back, outputs
+and the gradients of the tokens, is BF16.
 """
 
 import functools
@@ -31,8 +32,10 @@ from deepseek_jax.config import Precision
 from deepseek_jax.model.experts import (
     ExpertWeights,
     Fp8Rows,
+    Outputs,
     Pairs,
     compact,
+    fp8_gradient,
     fp8_rows,
     from_pairs,
     local_experts,
@@ -40,6 +43,8 @@ from deepseek_jax.model.experts import (
     to_pairs,
 )
 from deepseek_jax.types import UserError
+from pallas_kernels.linear import as_bytes, from_bytes
+from pallas_kernels.reference import E4M3
 
 Dispatcher = Literal["auto", "ragged", "ring"]
 
@@ -105,7 +110,9 @@ def routed_experts(
         sent = [fp8_rows(part.x_TD, precision) for part in parts]
     if devices == 1:
         outs = [
-            compute(part.x_TD, fp8, part.experts_TK, part.gates_TK, weights)
+            compute(part.x_TD, fp8, part.experts_TK, part.gates_TK, weights).with_gradient(
+                precision.compute_dtype
+            )
             for part, fp8 in zip(parts, sent, strict=True)
         ]
     elif parallel.dispatcher == "ring" or (
@@ -122,7 +129,7 @@ def routed_experts(
 
 
 def _ring(
-    part: Chosen, fp8: Fp8Rows | None, weights: ExpertWeights, compute: Callable[..., jax.Array]
+    part: Chosen, fp8: Fp8Rows | None, weights: ExpertWeights, compute: Callable[..., Outputs]
 ) -> jax.Array:
     """The tokens go round, and with them the sum of what their experts have made of them.
 
@@ -155,7 +162,7 @@ def _ring(
 
         def step(carry, _):
             tokens, sum_TD = carry
-            sum_TD += share(tokens, *of_tokens(tokens), weights)
+            sum_TD += share(tokens, *of_tokens(tokens), weights).y_TD
             return on((tokens, sum_TD)), None
 
         tokens = (x if fp8 is None else None, fp8, experts, gates)
@@ -166,21 +173,20 @@ def _ring(
 
     def backward(saved, ct_TD):
         tokens, weights = saved
+        # The sum was rounded to the tokens' dtype, so its gradient is of that dtype.
+        ct_TD = ct_TD.astype(dtype)
+        ct = (ct_TD, None) if tokens[1] is None else (None, fp8_gradient(ct_TD))
 
         def step(carry, _):
-            (tokens, ct_TD, dx_TD, dgates_TK), dweights = carry
+            (tokens, ct, dx_TD, dgates_TK), dweights = carry
             _, pullback = jax.vjp(functools.partial(share, tokens), *of_tokens(tokens), weights)
-            dx, dgates, dw = pullback(ct_TD.astype(jnp.float32))
-            travelling = tokens, ct_TD, dx_TD + dx, dgates_TK + dgates
+            unread = jnp.zeros(shape, jnp.float32)
+            own = Outputs(unread if ct[0] is None else ct[0].astype(jnp.float32), ct[1])
+            dx, dgates, dw = pullback(own)
+            travelling = tokens, ct, dx_TD + dx, dgates_TK + dgates
             return (on(travelling), jax.tree.map(jnp.add, dweights, dw)), None
 
-        # The sum was rounded to the tokens' dtype, so its gradient is of that dtype.
-        travelling = (
-            tokens,
-            ct_TD.astype(dtype),
-            jnp.zeros(shape, jnp.float32),
-            jnp.zeros_like(tokens[-1]),
-        )
+        travelling = tokens, ct, jnp.zeros(shape, jnp.float32), jnp.zeros_like(tokens[-1])
         carry = travelling, jax.tree.map(jnp.zeros_like, weights)
         (travelling, dweights), _ = jax.lax.scan(step, carry, length=devices)
         _, _, dx_TD, dgates_TK = travelling
@@ -239,36 +245,44 @@ def plan_exchange(offsets_N: Int[Array, "N"], sizes_N: Int[Array, "N"]) -> Excha
     )
 
 
-def _arriving(rows: Any, ex: Exchange, size: int) -> Any:
-    return jax.tree.map(
-        lambda a: sharding.ragged_all_to_all(
-            a,
-            size,
-            ex.send_offsets_N,
-            ex.send_sizes_N,
-            ex.there_offsets_N,
-            ex.recv_sizes_N,
-            "expert",
-        ),
-        rows,
+def _arriving(a: jax.Array, ex: Exchange, size: int) -> jax.Array:
+    if a.dtype == E4M3:
+        return from_bytes(_arriving(as_bytes(a), ex, size))
+    return sharding.ragged_all_to_all(
+        a,
+        size,
+        ex.send_offsets_N,
+        ex.send_sizes_N,
+        ex.there_offsets_N,
+        ex.recv_sizes_N,
+        "expert",
     )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def exchange(rows_SD: jax.Array, ex: Exchange, size: int, unread: bool = False) -> jax.Array:
+def exchange(
+    rows_SD: jax.Array, ex: Exchange, size: int, only: Literal["forward", "backward"] | None = None
+) -> jax.Array:
     """The rows that arrive, in a buffer of ``size`` rows that is otherwise zero.
 
-    Its gradient is the exchange back. ``unread``: nothing is sent, since nobody reads it, and the
-    gradient comes back all the same (``Fp8Rows``).
+    Its gradient is the exchange back. ``only``: in the other direction nothing is sent, since
+    nobody reads it (``Fp8Rows``, ``Outputs``).
     """
-    if unread:
+    if only == "backward":
         return jnp.zeros((size, *rows_SD.shape[1:]), rows_SD.dtype)
     return _arriving(rows_SD, ex, size)
 
 
+def _exchange_bwd(size: int, only: str | None, saved: tuple[Exchange, int], ct: jax.Array) -> Any:
+    ex, rows = saved
+    if only == "forward":
+        return jnp.zeros((rows, *ct.shape[1:]), ct.dtype), None
+    return _arriving(ct, ex.back(), rows), None
+
+
 exchange.defvjp(
-    lambda rows_SD, ex, size, unread: (exchange(rows_SD, ex, size, unread), (ex, len(rows_SD))),
-    lambda size, unread, saved, ct: (_arriving(ct, saved[0].back(), saved[1]), None),
+    lambda rows_SD, ex, size, only: (exchange(rows_SD, ex, size, only), (ex, len(rows_SD))),
+    _exchange_bwd,
 )
 
 
@@ -316,7 +330,7 @@ def _ragged(
     parts: Sequence[Chosen],
     sent: Sequence[Fp8Rows | None],
     weights: ExpertWeights,
-    compute: Callable[..., jax.Array],
+    compute: Callable[..., Outputs],
     factor: float,
     most: int,
 ) -> list[jax.Array]:
@@ -341,18 +355,21 @@ def _ragged(
         gates_SK = jnp.take_along_axis(to_pairs(part.gates_TK, rows), first_SK, axis=1)
         return rows, x_SD, gates_SK, out._replace(fp8=fp8 and fp8.take(rows.token_M))
 
-    def one_round(index, x_SD, gates_SK, weights, out):
-        goes = jax.nn.one_hot(out.receiver_S, N, dtype=jnp.int32)
-        before_N = ((out.round_S >= 0) & (out.round_S < index))[:, None] * goes
-        now_N = (out.round_S == index)[:, None] * goes
-        ex = plan_exchange(out.starts_N + before_N.sum(0), now_N.sum(0))
-        x = exchange(x_SD, ex, rows_size, out.fp8 is not None)
-        short = [out.experts_SK] if out.fp8 is None else [out.experts_SK, out.fp8.scales_Tk]
+    def one_round(index, x_SD, gates_SK, weights, rows):
+        goes = jax.nn.one_hot(rows.receiver_S, N, dtype=jnp.int32)
+        before_N = ((rows.round_S >= 0) & (rows.round_S < index))[:, None] * goes
+        now_N = (rows.round_S == index)[:, None] * goes
+        ex = plan_exchange(rows.starts_N + before_N.sum(0), now_N.sum(0))
+        x = exchange(x_SD, ex, rows_size, None if rows.fp8 is None else "backward")
+        short = [rows.experts_SK] if rows.fp8 is None else [rows.experts_SK, rows.fp8.scales_Tk]
         gates, (experts, *scales) = _exchange_together(gates_SK, short, ex, rows_size)
-        fp8 = out.fp8 and Fp8Rows(_arriving(out.fp8.values_TD, ex, rows_size), *scales)
+        fp8 = rows.fp8 and Fp8Rows(_arriving(rows.fp8.values_TD, ex, rows_size), *scales)
         experts = jnp.where(experts == 0, here, experts.astype(jnp.int32) - 1)
-        y = compute(x, fp8, experts, gates, weights, pairs_size).astype(x_SD.dtype)
-        return exchange(y, ex.back(), len(x_SD))
+        out = compute(x, fp8, experts, gates, weights, pairs_size)
+        home = functools.partial(exchange, ex=ex.back(), size=len(x_SD))
+        y = home(out.y_TD.astype(x_SD.dtype), only=None if out.way is None else "forward")
+        way = jax.tree.map(functools.partial(home, only="backward"), out.way)
+        return Outputs(y, way).with_gradient(x_SD.dtype)
 
     def round_of_all(index, x, gates, weights, out):
         each = zip(x, gates, out, strict=True)

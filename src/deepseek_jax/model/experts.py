@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, UInt8
 
 from deepseek_jax.config import Precision
@@ -14,7 +15,7 @@ from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.linear import (
     as_bytes,
     fp8_grouped_linear,
-    fp8_grouped_swiglu_linear,
+    fp8_grouped_swiglu_linear_returned,
     from_bytes,
 )
 from pallas_kernels.quantize import Quantized, quantize_tiles
@@ -71,6 +72,47 @@ def fp8_rows(x_TD: Float[Array, "T D"], precision: Precision) -> Fp8Rows | None:
     return Fp8Rows(as_bytes(q.values), q.scale.T)
 
 
+class Way(NamedTuple):
+    """By which the gradient of rows comes to the experts in FP8, in 1x128 tiles (`Outputs`)."""
+
+    values_TD: Float[Array, "T D"]
+    scales_Tk: Float[Array, "T k"]
+
+
+class Outputs(NamedTuple):
+    """What experts have made of rows; in FP8 also the way by which the gradient comes back to it.
+
+    V3 section 3.3.3: the gradient is quantized once, where it sets out, and sent to the experts in
+    FP8. A gradient has the dtype of what it is the gradient of, so beside the outputs, which are
+    BF16, there go E4M3 tiles with scales: zeros that nobody reads and XLA does not make. *Their*
+    gradient is that of the outputs (`with_gradient`), and takes the outputs' way backwards.
+    """
+
+    y_TD: Float[Array, "T D"]
+    way: Way | None = None
+
+    def with_gradient(self, dtype: DTypeLike) -> Float[Array, "T D"]:
+        """The outputs alone, their gradient (rounded to ``dtype``) from here on by its own way."""
+        return self.y_TD if self.way is None else _with_gradient(self.y_TD, self.way, dtype)
+
+
+def fp8_gradient(ct_TD: Float[Array, "T D"]) -> Way:
+    """A gradient quantized for its way."""
+    q = quantize_tiles(ct_TD, power_of_two=True)
+    return Way(q.values, q.scale.T)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _with_gradient(y_TD: jax.Array, way: Way, dtype: DTypeLike) -> jax.Array:
+    return y_TD
+
+
+_with_gradient.defvjp(
+    lambda y_TD, way, dtype: (y_TD, None),
+    lambda dtype, _, ct_TD: (None, fp8_gradient(ct_TD.astype(dtype))),
+)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def to_pairs(x_TD: Float[Array, "T D"], pairs: Pairs, unread: bool = False) -> Float[Array, "M D"]:
     """A copy of its token's row for every pair; zeros where nobody reads it (``Fp8Rows``).
@@ -83,9 +125,13 @@ def to_pairs(x_TD: Float[Array, "T D"], pairs: Pairs, unread: bool = False) -> F
     return x_TD[pairs.token_M]
 
 
-@jax.custom_vjp
-def from_pairs(y_MD: Float[Array, "M D"], pairs: Pairs) -> Float[Array, "T D"]:
-    """The sum of its pairs' rows for every token, in float32."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def from_pairs(
+    y_MD: Float[Array, "M D"], pairs: Pairs, unread: bool = False
+) -> Float[Array, "T D"]:
+    """The sum of its pairs' rows for every token, in float32; zeros where nobody reads it."""
+    if unread:
+        return jnp.zeros((len(pairs.slot_TK), y_MD.shape[1]), y_MD.dtype)
     total = jnp.zeros((len(pairs.slot_TK), y_MD.shape[1]), jnp.float32)
     # Choice by choice: all gathered at once they would be K times the result.
     for slot_T in pairs.slot_TK.T:
@@ -98,8 +144,11 @@ to_pairs.defvjp(
     lambda unread, pairs, ct_MD: (from_pairs(ct_MD, pairs).astype(ct_MD.dtype), None),
 )
 from_pairs.defvjp(
-    lambda y_MD, pairs: (from_pairs(y_MD, pairs), (pairs, jnp.zeros((), y_MD.dtype))),
-    lambda saved, ct_TD: (to_pairs(ct_TD.astype(saved[1].dtype), saved[0]), None),
+    lambda y_MD, pairs, unread: (
+        from_pairs(y_MD, pairs, unread),
+        (pairs, jnp.zeros((), y_MD.dtype)),
+    ),
+    lambda unread, saved, ct_TD: (to_pairs(ct_TD.astype(saved[1].dtype), saved[0]), None),
 )
 
 
@@ -128,7 +177,7 @@ def local_experts(
     precision: Precision,
     most: int | None = None,
     fp8: Fp8Rows | None = None,
-) -> Float[Array, "T D"]:
+) -> Outputs:
     """Sum over the chosen experts that are here of gate * FFN(x) (V3 Eq. 12), in float32.
 
     ``experts_TK`` counts from the first expert here; E (how many there are) means elsewhere. At
@@ -157,9 +206,10 @@ def local_experts(
         each = Pairs(pairs.choice_M, pairs.choice_M, pairs.slot_TK.reshape(-1, 1), pairs.sizes_G)
         gates_M1 = to_pairs(gates_TK.reshape(-1, 1), each)
     with jax.named_scope("experts"):
-        y_MD = _experts(x_MD, fp8, gates_M1, pairs.sizes_G, weights, precision)
+        y_MD, way = _experts(x_MD, fp8, gates_M1, pairs.sizes_G, weights, precision)
     with jax.named_scope("dispatch"):
-        return from_pairs(y_MD, pairs)
+        way = jax.tree.map(lambda a: from_pairs(a, pairs, True), way)
+        return Outputs(from_pairs(y_MD, pairs), way)
 
 
 def _experts(
@@ -169,13 +219,14 @@ def _experts(
     sizes_G: jax.Array,
     weights: ExpertWeights,
     precision: Precision,
-) -> jax.Array:
+) -> Outputs:
     """Of every pair, gate * FFN(x) by its own expert."""
     w1_EDF, w3_EDF, w2_EFD = weights
     if fp8 is not None:
         rows = Quantized(from_bytes(fp8.values_TD), fp8.scales_Tk.T)
         gate_up = fp8_grouped_linear(x_MD, (w1_EDF, w3_EDF), sizes_G, quantized=rows)
-        return fp8_grouped_swiglu_linear(gate_up, gates_M1[:, 0], w2_EFD, sizes_G)
+        y_MD, way = fp8_grouped_swiglu_linear_returned(gate_up, gates_M1[:, 0], w2_EFD, sizes_G)
+        return Outputs(y_MD, Way(way.values, way.scale.T))
     times: Any = functools.partial(grouped_matmul, group_sizes_G=sizes_G)
     gate, up = (checkpoint_name(times(x_MD, w), "ffn_gate_up") for w in (w1_EDF, w3_EDF))
-    return times(swiglu(gate, up, precision, gates_M1), w2_EFD)
+    return Outputs(times(swiglu(gate, up, precision, gates_M1), w2_EFD))
