@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from deepseek_jax import Precision, sharding
-from deepseek_jax.model.layers import contract, linear, linears, lookup
+from deepseek_jax.model.layers import contract, linear, linears, lookup, tokens_whole
 
 
 def test_a_token_seen_often_does_not_stop_learning():
@@ -34,6 +34,22 @@ def test_a_row_alone_is_multiplied_as_a_matrix_on_a_gpu(monkeypatch, inputs):
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
     dots = [e for e in jax.make_jaxpr(product)(x, w).eqns if e.primitive.name == "dot_general"]
     assert [e.outvars[0].aval.shape for e in dots] == [(2, 6)]
+
+
+def test_a_row_alone_is_laid_out_token_by_token_on_a_gpu(monkeypatch):
+    """Else XLA may put the tokens side by side, and gathering one reads a number at a time."""
+    monkeypatch.setattr(sharding, "platform", lambda: "gpu")
+
+    def layouts(rows):
+        eqns = jax.make_jaxpr(tokens_whole)(jnp.zeros((rows, 5, 8))).eqns
+        return [e.params["layout"].major_to_minor for e in eqns]
+
+    assert layouts(1) == [(0, 1, 2)]
+    assert layouts(2) == []
+    x = jnp.arange(40.0).reshape(1, 5, 8)
+    y, pullback = jax.vjp(jax.jit(tokens_whole), x)
+    np.testing.assert_array_equal(y, x)
+    np.testing.assert_array_equal(pullback(2 * x)[0], 2 * x)
 
 
 @pytest.mark.parametrize("matmuls", ["compute", "fp8"])

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
 from deepseek_jax import sharding
@@ -201,6 +202,18 @@ def _lookup_bwd(
 
 
 lookup.defvjp(lambda table_VD, rows: (lookup(table_VD, rows), (table_VD[:, :0], rows)), _lookup_bwd)
+
+
+def tokens_whole(x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """x, laid out so that the numbers of a token lie together.
+
+    For a single row XLA may choose the transposed layout on a GPU, for all that x is added to;
+    every gather of tokens for their experts then reads a number at a time. With 32,768 tokens
+    dispatch took 25 ms where eight rows of 4096 took 3.
+    """
+    if x_BTD.shape[0] == 1 < x_BTD.shape[1] and sharding.on_gpu():
+        return with_layout_constraint(x_BTD, Layout((0, 1, 2)))
+    return x_BTD
 
 
 class LogicalAxes(nn.Partitioned):

@@ -22,6 +22,7 @@ from deepseek_jax.model.layers import (
     contract,
     lookup,
     rms_norm,
+    tokens_whole,
 )
 from deepseek_jax.model.moe import Balance, LayerInput, LayerReport, MoE, balance
 from deepseek_jax.model.mtp import MTPModule, shift_left
@@ -305,11 +306,11 @@ class DeepSeekV3(ParamModule):
     def _embed(self, tokens_BT: jax.Array) -> jax.Array:
         here = self.embed_VD.shape[0]
         if here == self.config.vocab_size:
-            return lookup(self.embed_VD, tokens_BT)
+            return tokens_whole(lookup(self.embed_VD, tokens_BT))
         local_BT = tokens_BT - sharding.part_index("vocab") * here
         own_BT1 = ((local_BT >= 0) & (local_BT < here))[..., None]
         rows = lookup(self.embed_VD, jnp.clip(local_BT, 0, here - 1))
-        return sharding.psum(jnp.where(own_BT1, rows, 0), "vocab")
+        return tokens_whole(sharding.psum(jnp.where(own_BT1, rows, 0), "vocab"))
 
     def _stack(
         self,
