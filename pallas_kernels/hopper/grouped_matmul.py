@@ -70,6 +70,7 @@ def row_tiles(group_sizes: Int[Array, "G"], m: int, rows: int = _PART[0]) -> tup
     return tile_ends[-1:], group, row, low, high
 
 
+@functools.partial(jax.jit, static_argnames=("transpose_w", "interpret"))
 def grouped_matmul(
     x_MK: Float[Array, "M K"],
     w: Float[Array, "G _ _"],
@@ -102,6 +103,7 @@ def grouped_matmul(
     return kernel.call()(*tiles, x_MK, w)[:m, :n]
 
 
+@functools.partial(jax.jit, static_argnames=("tall", "interpret"))
 def fp8_grouped_matmul(
     a: Quantized,
     b: Quantized,

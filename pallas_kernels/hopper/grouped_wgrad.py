@@ -38,6 +38,7 @@ _CHUNK = 8  # tiles of K that share the columns of dy before the next columns' t
 _REGISTERS_PRODUCER, _REGISTERS_CONSUMER = 40, 232
 
 
+@functools.partial(jax.jit, static_argnames=("out_dtype", "interpret"))
 def grouped_wgrad(
     x_MK: Float[Array, "M K"],
     dy_MN: Float[Array, "M N"],

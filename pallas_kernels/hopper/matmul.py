@@ -103,6 +103,7 @@ def tiling_by_rule(m: int, n: int, *, b_in_tiles: bool, multiprocessors: int) ->
     return dataclasses.replace(tiling, shared=shared)
 
 
+@functools.partial(jax.jit, static_argnames=("out_dtype", "tiling", "interpret"))
 def fp8_matmul(
     a: Quantized,
     b: Quantized,
@@ -155,6 +156,7 @@ def fp8_matmul(
     return out[:m, :n]
 
 
+@functools.partial(jax.jit, static_argnames=("out_dtype", "tiling", "interpret"))
 def fp8_grouped_wgrad(
     a: Quantized,
     b: Quantized,
