@@ -322,6 +322,19 @@ def test_if_all_are_damaged_nothing_is_touched(tmp_path):
     assert steps_in(tmp_path) == [1, 2]
 
 
+def test_two_do_not_write_to_one_directory(tmp_path):
+    """The second would remove the step that the first is writing, and end its run."""
+    unfinished = tmp_path / "checkpoints/5.orbax-checkpoint-tmp"
+    with Checkpointer(tmp_path) as checkpointer:
+        save(checkpointer, 1)
+        unfinished.mkdir()
+        with pytest.raises(UserError, match="is in use by another process; wait for it to end"):
+            Checkpointer(tmp_path)
+        assert unfinished.exists()
+    assert restore(tmp_path).step == 1
+    assert not unfinished.exists()
+
+
 KILLED = """
     import sys, jax, jax.numpy as jnp
     from deepseek_jax.checkpoint import Checkpointer

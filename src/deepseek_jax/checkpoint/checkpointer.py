@@ -27,7 +27,7 @@ from deepseek_jax.checkpoint.files import (
     newest_intact,
     write_checksums,
 )
-from deepseek_jax.checkpoint.run_directory import read_run
+from deepseek_jax.checkpoint.run_directory import hold, read_run
 from deepseek_jax.checkpoint.trees import check_fits, flatten, items, restore_tree, stored_tree
 from deepseek_jax.lifeline import say
 from deepseek_jax.types import Array, Params, TrainState, UserError
@@ -94,7 +94,7 @@ class Checkpointer:
         keep_every: also keep, for ever, each step that is a multiple of this.
 
     Raises:
-        UserError: the directory cannot be created or written.
+        UserError: the directory cannot be created or written, or another process writes to it.
     """
 
     def __init__(
@@ -108,6 +108,7 @@ class Checkpointer:
         self._steps = self.directory / "checkpoints"
         self._keep = [LatestN(keep_last)] + ([EveryNSteps(keep_every)] if keep_every else [])
         self._saving: tuple[int, int] | None = None  # step and bytes of the save under way
+        self._held: int | None = None
         self._manager = self._open()
         _failures.savers[id(self)] = self
 
@@ -181,6 +182,9 @@ class Checkpointer:
         finally:
             _failures.savers.pop(id(self), None)
             self._manager.close()
+            if self._held is not None:
+                os.close(self._held)
+                self._held = None
 
     def end_all(self, error: BaseException) -> None:
         """A save has failed in the background: ends all processes, if there are several."""
@@ -247,6 +251,8 @@ class Checkpointer:
         try:
             self._steps.mkdir(parents=True, exist_ok=True)
             if jax.process_index() == 0:
+                if self._held is None:
+                    self._held = hold(self.directory)
                 # What a killed or failed save left behind. Orbax would remove it too, but in the
                 # background: later than the next look at the free space.
                 for unfinished in self._steps.glob(f"*.{_UNFINISHED}"):

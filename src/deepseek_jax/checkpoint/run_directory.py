@@ -1,5 +1,6 @@
 """Which run a directory belongs to."""
 
+import fcntl
 import json
 import os
 from collections.abc import Collection, Iterator
@@ -51,6 +52,30 @@ def claim_run_directory(
     message = exchange(claim() if jax.process_index() == 0 else b"")[0]
     if message:
         raise UserError(message.decode())
+
+
+def hold(directory: Path) -> int:
+    """Keeps other processes from writing to a run directory; a descriptor, to be closed.
+
+    Two that save at once take each other's unfinished steps for what a dead one has left. The
+    kernel lets go with the process, however that ends, so a killed run is continued at once. File
+    systems without such locks on directories (NFS) let everybody in.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(
+            f"{directory} is in use by another process; wait for it to end, stop it, or choose "
+            "another output directory."
+        ) from None
+    except OSError:
+        pass
+    return descriptor
 
 
 def _check(directory: Path, config: dict, resume: bool, may_change: Collection[str]) -> None:
