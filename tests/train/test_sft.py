@@ -243,7 +243,6 @@ def test_a_template_that_raises(place, tmp_path, capsys):
     [
         ("--init None", "fine-tuning starts from weights: name a run or a folder with --init"),
         ("--init nowhere", "nowhere is neither a run's directory (run.json) nor a Hugging Face"),
-        ("--seq-len 8192", "seq_len=8192 exceeds the model's context of 4096; lower it"),
         ("--data gone.jsonl", "no such file or directory: gone.jsonl"),
         ("--weights 1 2", "1 entries of data have the weights [1.0, 2.0]"),
         ("--mesh data=3", "'data=3' asks for 3 devices, but there are 8"),
@@ -265,6 +264,12 @@ def test_inspect_shows_tokens_weights_and_segments(place, tmp_path, capsys):
     assert "<｜Assistant｜>[[it " in shown
     assert "<｜end▁of▁sentence｜>]]" in shown
     assert "tokens, " in shown.splitlines()[-1]
+
+
+def test_rows_are_no_longer_than_the_models_context(place, tmp_path, capsys):
+    """So that the default of V3's 4096 does for a model with less."""
+    main(["sft", *place.options(tmp_path / "out"), "--inspect", "--seq-len", "8192"])
+    assert " of 4096 positions used" in capsys.readouterr().out
 
 
 def test_defaults_are_the_papers():

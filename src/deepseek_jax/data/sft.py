@@ -46,7 +46,7 @@ class ConversationConfig:
             conversation once an epoch.
         held_out: Conversations to evaluate on instead of a share of the data.
         held_out_fraction: Share of the data kept for evaluation, chosen by the prompt's content.
-        seq_len: Tokens in a row (T).
+        seq_len: Tokens in a row (T), at the most as many as the model's context.
         train_on: The assistant's turns to learn: all, or the last of a conversation.
         too_long: A conversation longer than a row, or cut off in generation, is an error, is left
             out, or is cut off.

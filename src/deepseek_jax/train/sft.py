@@ -108,12 +108,8 @@ def sft(config: SftConfig) -> SftResult | None:
         raise UserError("fine-tuning starts from weights: name a run or a folder with --init.")
     config.lora.check(config.remat)
     model_config = model_of(source)
+    config = _within_context(config, model_config)
     data_config = config.conversations
-    if data_config.seq_len > model_config.max_position_embeddings:
-        raise UserError(
-            f"seq_len={data_config.seq_len} exceeds the model's context of "
-            f"{model_config.max_position_embeddings}; lower it."
-        )
     mesh = sharding.make_mesh(config.mesh)
     feed = divide_batch(config.loop.rows, data_config.seq_len, mesh)
     config.parallel.check_rows(config.loop.rows // sharding.batch_shards(mesh))
@@ -181,6 +177,13 @@ def sft(config: SftConfig) -> SftResult | None:
 def in_mtp(params: Params) -> Any:
     """True for the leaves of the MTP modules."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[0].key.startswith("mtp"), params)
+
+
+def _within_context(config: SftConfig, model: ModelConfig) -> SftConfig:
+    """With rows that are no longer than the model's context: no sample can be, either."""
+    talks = config.conversations
+    seq_len = min(talks.seq_len, model.max_position_embeddings)
+    return dataclasses.replace(config, conversations=dataclasses.replace(talks, seq_len=seq_len))
 
 
 def _with_steps(config: SftConfig, survey: Survey | None) -> SftConfig:
