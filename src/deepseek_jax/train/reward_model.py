@@ -233,7 +233,10 @@ def train_reward_model(config: RewardModelConfig) -> None:
     feed = divide_batch(config.batch_size * len(examples[0].responses), config.seq_len, mesh)
     steps = len(examples) * config.epochs // config.batch_size
     if not steps:
-        raise UserError(f"{len(examples)} examples fill no batch of {config.batch_size}.")
+        raise UserError(
+            f"{len(examples)} examples fill no batch of {config.batch_size}; lower batch_size."
+        )
+    _check_lengths(config, examples, tokenizer)  # before the directory is a run's
     tx = make_optimizer(config.optim, steps)
     with jax.set_mesh(mesh):
         model, policy, policy_bias, policy_config = _policy(config, mesh)
@@ -267,6 +270,18 @@ def train_reward_model(config: RewardModelConfig) -> None:
             saver.save(steps, state, data_state={}, rng=jax.random.key(config.seed))
 
 
+def _check_lengths(
+    config: RewardModelConfig, examples: Sequence[Example], tokenizer: Tokenizer
+) -> None:
+    for example in examples:
+        longest = max(len(encode(tokenizer, example.prompt, each)) for each in example.responses)
+        if longest > config.seq_len:
+            raise UserError(
+                f"a conversation has {longest} tokens, more than seq_len={config.seq_len}: raise "
+                f"it, or leave out {example.prompt[:60]!r}."
+            )
+
+
 def _batches(
     config: RewardModelConfig, examples: Sequence[Example], tokenizer: Tokenizer
 ) -> Iterator[Batch]:
@@ -282,11 +297,6 @@ def _batches(
             for response in example.responses:
                 rows.append(encode(tokenizer, example.prompt, response))
                 grades.append(example.grade)
-                if len(rows[-1]) > config.seq_len:
-                    raise UserError(
-                        f"a conversation has {len(rows[-1])} tokens, more than seq_len="
-                        f"{config.seq_len}: raise it, or leave out {example.prompt[:60]!r}."
-                    )
         yield make_rows(rows, grades, config.seq_len)
 
 
