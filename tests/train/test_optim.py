@@ -1,5 +1,7 @@
 """Schedules at the report's landmarks, decay by name, the ramp, the average."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,7 +47,17 @@ def test_short_runs_get_a_short_warmup_and_long_ones_are_told():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"constant_until": 0.99}, {"ema_decay": 1.0}, {"clip_norm": 0.0}, {"warmup_steps": -1}],
+    [
+        {"constant_until": 0.99},
+        {"ema_decay": 1.0},
+        {"clip_norm": 0.0},
+        {"warmup_steps": -1},
+        {"peak_lr": 0.0},
+        {"min_lr": math.nan},
+        {"b2": 1.0},
+        {"weight_decay": -0.1},
+        {"mtp_weight": math.inf},
+    ],
 )
 def test_contradictory_schedules_are_refused(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):

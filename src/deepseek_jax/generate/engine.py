@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -44,7 +45,10 @@ class Sampling:
         """Refuse what is no distribution."""
         checks = [
             (self.max_new_tokens < 1, f"max_new_tokens={self.max_new_tokens} must be at least 1."),
-            (self.temperature < 0, f"temperature={self.temperature} must not be negative."),
+            (
+                not 0 <= self.temperature < math.inf,  # NaN too
+                f"temperature={self.temperature} must be 0 or a positive number.",
+            ),
             (not 0 < self.top_p <= 1, f"top_p={self.top_p} must lie above 0 and not above 1."),
             (self.top_k < 0, f"top_k={self.top_k} must not be negative (0 is off)."),
             (not 0 <= self.min_p <= 1, f"min_p={self.min_p} must lie between 0 and 1."),

@@ -70,6 +70,7 @@ from deepseek_jax.train.rollout import (
 from deepseek_jax.train.run import (
     MAY_CHANGE,
     RunConfig,
+    check_reached,
     check_vocabulary,
     first_state,
     identity,
@@ -229,6 +230,7 @@ def grpo(config: GrpoConfig, terms: Sequence[Term] | None = None) -> GrpoResult 
         keep = {"keep_last": config.loop.keep_last, "keep_every": config.loop.keep_every}
         with Checkpointer(config.out, **keep) as saver:
             restored = saver.restore_latest(trainer.abstract) if config.resume else None
+            check_reached(config, restored)
             state = restored.state if restored else trainer.fresh_state()
             claim()
             if jax.process_index() == 0:

@@ -57,9 +57,15 @@ class LoopConfig:
         """Refuse sizes that do not divide one another."""
         if self.steps < 1 or self.save_every < 1 or self.keep_last < 1 or self.max_skips < 1:
             raise UserError("steps, save_every, keep_last and max_skips must be at least 1.")
+        for name in ("batch_size", "micro_batch", "first_batch_size", "eval_batches", "keep_every"):
+            number = getattr(self, name)
+            if number is not None and number < 1:
+                raise UserError(f"{name} must be at least 1, not {number}.")
+        if self.eval_every < 0:
+            raise UserError(f"eval_every={self.eval_every} must not be negative; 0: at the end.")
         for name in ("batch_size", "first_batch_size"):
             size = getattr(self, name)
-            if size is not None and (size < 1 or size % self.rows):
+            if size is not None and size % self.rows:
                 raise UserError(f"{name}={size} must be a multiple of micro_batch={self.rows}.")
         if self.first_batch_size is not None and self.first_batch_size > self.batch_size:
             raise UserError(

@@ -50,7 +50,7 @@ class OptimConfig:
     """Gamma of the router bias until ``cosine_until``; 0 after (V3 section 4.2)."""
 
     def __post_init__(self) -> None:
-        """Refuse schedules that run backwards."""
+        """Refuse schedules that run backwards, and numbers with which nothing is learnt."""
         if not 0 <= self.constant_until <= self.cosine_until <= self.min_until <= 1:
             raise UserError(
                 "the schedule needs 0 <= constant_until <= cosine_until <= min_until <= 1, not "
@@ -58,8 +58,25 @@ class OptimConfig:
             )
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise UserError(f"ema_decay={self.ema_decay} must lie between 0 and 1.")
-        if (self.warmup_steps or 0) < 0 or self.clip_norm <= 0:
-            raise UserError("warmup_steps must not be negative, and clip_norm must be positive.")
+        if (self.warmup_steps or 0) < 0:
+            raise UserError("warmup_steps must not be negative.")
+        for names, good, rule in _RANGES:
+            for name in names:
+                if not good(value := getattr(self, name)):
+                    raise UserError(f"{name}={value} must be {rule}.")
+
+
+# Comparisons that NaN fails.
+_RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
+    (("peak_lr", "eps"), lambda x: 0 < x < math.inf, "a positive number"),
+    (("clip_norm",), lambda x: x > 0, "a positive number; inf: no clipping"),
+    (("b1", "b2"), lambda x: 0 <= x < 1, "at least 0 and less than 1"),
+    (
+        ("min_lr", "final_lr", "weight_decay", "mtp_weight", "mtp_weight_final", "bias_speed"),
+        lambda x: 0 <= x < math.inf,
+        "0 or a positive number",
+    ),
+)
 
 
 def learning_rate(config: OptimConfig, steps: int) -> Schedule:

@@ -47,7 +47,7 @@ from deepseek_jax.train.run import (
     run,
 )
 from deepseek_jax.train.step import init_state
-from deepseek_jax.types import TrainState
+from deepseek_jax.types import TrainState, UserError
 
 _MAY_CHANGE = (*MAY_CHANGE, "prompt", "sample_tokens", "data.num_workers")
 
@@ -65,6 +65,11 @@ class PretrainConfig(RunConfig):
     model: ModelConfig = field(default_factory=lambda: preset("tiny"))
     data: DataConfig = field(default_factory=DataConfig)
 
+    def __post_init__(self) -> None:
+        """Refuse now what would end the run at its end."""
+        if self.sample_tokens < 0:
+            raise UserError(f"sample_tokens={self.sample_tokens} must not be negative; 0: none.")
+
 
 class Result(NamedTuple):
     """What a finished run has to show."""
@@ -73,7 +78,8 @@ class Result(NamedTuple):
     evaluation: Evaluation
     """On the whole held-out split."""
     baselines: Baselines
-    sample: str
+    sample: str | None
+    """Prompt and all; None if none was asked for."""
 
 
 def pretrain(config: PretrainConfig) -> Result | None:
@@ -88,6 +94,12 @@ def pretrain(config: PretrainConfig) -> Result | None:
         UserError: for bad input, see ``types.UserError``.
     """
     started = time.perf_counter()
+    if config.data.seq_len > config.model.max_position_embeddings:
+        raise UserError(
+            f"seq_len={config.data.seq_len} exceeds the model's context of "
+            f"{config.model.max_position_embeddings} (max_position_embeddings); lower it, or give "
+            "a config.json with a longer context as --model."
+        )
     mesh = sharding.make_mesh(config.mesh)
     feed = divide_batch(config.loop.rows, config.data.seq_len, mesh)
     config.parallel.check_rows(config.loop.rows // sharding.batch_shards(mesh))
@@ -185,15 +197,16 @@ def _finish(
         lambda: json.dumps(measure_baselines(config.data, tokenizer)).encode()
     )
     baselines = Baselines(*json.loads(measured))
-    text = config.prompt
+    text = None
     if config.sample_tokens:
         sampling = Sampling(max_new_tokens=config.sample_tokens, seed=config.loop.init_seed)
         weights = outcome.state.params, outcome.state.router_bias_LE
         (said,) = complete(model, *weights, tokenizer, [config.prompt], sampling)
-        text += said
+        text = config.prompt + said
     if jax.process_index() == 0:
         draw(config.out, outcome, {"token bigram": baselines.bigram, "gzip -9": baselines.gzip})
-        (config.out / "sample.txt").write_text(text, encoding="utf-8")
+        if text is not None:
+            (config.out / "sample.txt").write_text(text, encoding="utf-8")
     with Progress(config.loop.steps) as console:
         rows = [
             {"held-out split": config.out.name, "bits per byte": evaluation.bits_per_byte},
@@ -201,6 +214,8 @@ def _finish(
             {"held-out split": "gzip -9", "bits per byte": baselines.gzip},
         ]
         console.console.print(summary_table(rows))
-        console.print(f"loss {evaluation.loss:.4f} nats per token\n\nsample:\n{text}\n")
+        console.print(f"loss {evaluation.loss:.4f} nats per token\n")
+        if text is not None:
+            console.print(f"sample:\n{text}\n")
         console.print(f"pictures: {config.out / 'loss.png'}, {config.out / 'expert_load.png'}")
     return Result(outcome, evaluation, baselines, text)

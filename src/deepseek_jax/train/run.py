@@ -14,7 +14,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deepseek_jax import sharding
-from deepseek_jax.checkpoint import Checkpointer, load_params
+from deepseek_jax.checkpoint import Checkpointer, Restored, load_params
 from deepseek_jax.checkpoint.files import local_path
 from deepseek_jax.checkpoint.run_directory import read_run
 from deepseek_jax.config import ModelConfig, Precision, RematPolicy
@@ -168,6 +168,7 @@ def run(
     with Checkpointer(config.out, **keep) as saver:
         abstract = abstract_state(model, course.tx, mesh, trainee.abstract)
         restored = saver.restore_latest(abstract) if config.resume else None
+        check_reached(config, restored)
         state = restored.state if restored else course.fresh_state(abstract)
         course.claim()
         _announce(config, trainee, mesh, restored.step if restored else 0)
@@ -179,6 +180,15 @@ def run(
             evaluation = task.evaluate(outcome.state, None)
             writer.write(outcome.step, evaluation.scalars())
     return outcome, evaluation
+
+
+def check_reached(config: RunConfig, restored: Restored | None) -> None:
+    """Refuse to continue to where the run has already passed."""
+    if restored is not None and restored.step > config.loop.steps:
+        raise UserError(
+            f"{config.out} has made {restored.step} steps already, more than "
+            f"steps={config.loop.steps}; raise --steps, or use what it has saved."
+        )
 
 
 # --- identity --------------------------------------------------------------------------------
