@@ -218,6 +218,9 @@ def test_a_config_json_that_is_none(folder, capsys, content, complaint):
     ("extra", "complaint"),
     [
         ("--model v4", "no preset 'v4'; choose from tiny, small, "),
+        ("--model v4/config.json", "or name a config.json that exists"),
+        ("--seq-len 8192", "seq_len=8192 exceeds the model's context of 4096"),
+        ("--sample-tokens -1", "sample_tokens=-1 must not be negative"),
         ("--mesh pod=2", "unknown mesh axis 'pod'; the axes are data, fsdp, expert,"),
         ("--mesh data=3", "'data=3' asks for 3 devices, but there are 8; change a size"),
         ("--mesh data=two", "mesh axis 'data=two' needs a whole number, as in data=2"),
@@ -231,6 +234,13 @@ def test_a_config_json_that_is_none(folder, capsys, content, complaint):
         ("--coordinator localhost:1", "several processes need --coordinator HOST:PORT, --num-pr"),
         ("--coordinator here --num-processes 2 --process-id 0", "'here' is not HOST:PORT"),
         ("--micro-batch 3", "batch_size=8 must be a multiple of micro_batch=3"),
+        ("--micro-batch -8", "micro_batch must be at least 1, not -8"),
+        ("--batch-size 0", "batch_size must be at least 1, not 0"),
+        ("--eval-batches 0", "eval_batches must be at least 1, not 0"),
+        ("--keep-every 0", "keep_every must be at least 1, not 0"),
+        ("--eval-every -1", "eval_every=-1 must not be negative"),
+        ("--peak-lr nan", "peak_lr=nan must be a positive number"),
+        ("--b1 1", "b1=1.0 must be at least 0 and less than 1"),
         ("--batch-size 12", "12 sequences cannot be divided over 8 batch shards"),
         ("--first-batch-size 16 --micro-batch 8", "the ramp goes up: first_batch_size=16 exceeds"),
         ("--warmup-steps 20", "warmup_steps=20 runs past step 16, where the cosine begins"),
@@ -262,6 +272,18 @@ def test_an_output_directory_that_cannot_be_made(folder, capsys):
     assert "choose another output directory" in message
 
 
+def test_a_resume_that_asks_for_fewer_steps_than_are_made(folder, capsys):
+    old = old_run(folder)
+    before = (old / "run.json").read_bytes()
+    message = refusal(folder._replace(out=old), capsys, "--resume", "--steps", "3")
+    assert "has made 4 steps already, more than steps=3" in message
+    assert (old / "run.json").read_bytes() == before
+
+
+def test_a_run_may_be_named_for_its_model(folder):
+    assert cli._read_model([str(old_run(folder, vocab_size=280))]).vocab_size == 280
+
+
 # --- a real process ---------------------------------------------------------------------------
 
 
@@ -274,6 +296,30 @@ def test_a_process_says_one_sentence_and_exits_2(folder):
     assert stderr.startswith("deepseek-jax: ")
     assert stderr.count("\n") == 1
     assert_nothing_left(folder)
+
+
+@pytest.mark.parametrize("words", [["--help"], ["pretrain", "--help"]])
+def test_a_reader_that_goes_early_is_no_error(words):
+    """As with ``| head``: the end of the text may be in a buffer yet, or on its way."""
+    process = runs.start(*words[1:], stage=words[0])
+    assert process.stdout is not None
+    process.stdout.close()
+    _, stderr = process.communicate(timeout=120)
+    assert (process.returncode, stderr) == (1, "")
+
+
+def test_out_of_memory_is_one_sentence(folder, capsys, monkeypatch):
+    def too_much(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+
+    monkeypatch.setattr(pretrain, "fit_tokenizer", too_much)
+    message = refusal(folder, capsys)
+    assert message.startswith("out of memory: Out of memory allocating 9 bytes; take fewer")
+
+
+def test_version(capsys):
+    main(["--version"])
+    assert f", jax {jax.__version__}\n" in capsys.readouterr().out
 
 
 def test_ctrl_c_before_training_is_one_sentence(folder, capsys, monkeypatch):

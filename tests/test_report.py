@@ -6,6 +6,7 @@ import math
 import statistics
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -202,6 +203,31 @@ def test_quiet_on_other_processes(monkeypatch, capsys):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     drive(Progress(3, interval_s=0), range(1, 4))
     assert capsys.readouterr().out == ""
+
+
+def test_a_run_goes_on_where_nobody_reads_on():
+    """As with ``| head``, or a ``tee`` that has died."""
+    code = """
+        import sys
+        from deepseek_jax.report import Progress, summary_table
+        sys.stdin.read()
+        progress = Progress(3, interval_s=0)
+        for step in range(1, 4):
+            progress.update(step, tokens_per_s=1.0)
+        progress.console.print(summary_table([{"a": 1}]))
+        print("made", step, file=sys.stderr)
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    _, stderr = process.communicate("", timeout=120)
+    assert (process.returncode, stderr) == (0, "made 3\n")
 
 
 def test_summary_table():

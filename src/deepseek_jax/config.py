@@ -269,7 +269,8 @@ def _read_json(path: str | Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} could not be read as a config.json: {error}.") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{path} could not be read as a config.json: {reason}.") from error
     if not isinstance(content, dict):
         raise UserError(
             f"{path} is not a config.json: it holds a JSON {type(content).__name__} instead of an "

@@ -6,10 +6,12 @@ import hashlib
 import os
 import platform
 import re
+import select
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal
 
@@ -19,6 +21,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 
 from deepseek_jax import distributed
+from deepseek_jax.checkpoint.run_directory import read_run
 from deepseek_jax.cli.evaluate import EvalConfig, evaluate
 from deepseek_jax.cli.generate import ChatConfig, GenerateConfig, chat, generate
 from deepseek_jax.cli.harness import HarnessConfig, harness
@@ -38,12 +41,19 @@ from deepseek_jax.types import UserError
 
 
 def _read_model(words: list[str]) -> ModelConfig:
-    """A preset's name, or the path of a config.json or of the folder that holds it."""
+    """A preset's name, or the path of a config.json, of the folder that holds it, or of a run."""
     (word,) = words
     path = Path(word)
-    if word not in PRESETS and path.exists():
-        return ModelConfig.from_hf(path / "config.json" if path.is_dir() else path)
-    return preset(word)
+    if word in PRESETS:
+        return preset(word)
+    if not path.exists():
+        raise UserError(
+            f"no preset {word!r}; choose from {', '.join(PRESETS)}, or name a config.json that "
+            "exists."
+        )
+    if (path / "run.json").exists():
+        return ModelConfig.from_hf(read_run(path)["model"])
+    return ModelConfig.from_hf(path / "config.json" if path.is_dir() else path)
 
 
 def _model_name(config: ModelConfig) -> list[str]:
@@ -173,6 +183,9 @@ class _Start(Generic[Config]):
 def main(args: list[str] | None = None) -> None:
     """The ``deepseek-jax`` command."""
     words = sys.argv[1:] if args is None else args
+    if words == ["--version"]:
+        print(f"deepseek-jax {version('deepseek-jax')}, jax {jax.__version__}")
+        return
 
     def command(
         config: Annotated[PretrainConfig, tyro.conf.arg(name="")],
@@ -218,7 +231,7 @@ def main(args: list[str] | None = None) -> None:
                 "plan": _plan,
             },
             prog="deepseek-jax",
-            description="DeepSeek-V3 and R1 in JAX.",
+            description="DeepSeek-V3 and R1 in JAX. --version says which.",
             args=words,
             config=(tyro.conf.OmitArgPrefixes,),
         )
@@ -290,16 +303,23 @@ def _compilation_cache(folder: Path | None) -> Iterator[None]:
 def _ends_in_a_sentence() -> Iterator[None]:
     """What ends a command early ends all processes of its run, with a sentence and a status.
 
-    Bad input: 2. Ctrl-C: 130. A bug keeps its traceback.
+    Bad input: 2. Ctrl-C: 130. A reader of standard output that has gone (``| head``): 1, in
+    silence. A bug keeps its traceback.
     """
     try:
         yield
         distributed.leave()
+        print(end="", flush=True)  # at exit, a failure would only be complained of
     except SystemExit as end:
         if end.code:
             distributed.give_up(2, "its command line is not valid.", lambda: None)
+        elif _unread():  # --help leaves so, its end perhaps still in the buffer
+            sys.exit(1)
         raise
     except BaseException as error:
+        if isinstance(error, BrokenPipeError) and _unread():
+            distributed.give_up(1, "nobody reads its standard output any more.", lambda: None)
+            sys.exit(1)
         status, sentence = _verdict(error)
         if sentence is None:
             first_line = next(iter(str(error).strip().splitlines()), "")
@@ -311,6 +331,23 @@ def _ends_in_a_sentence() -> Iterator[None]:
         sys.exit(status)
 
 
+def _unread() -> bool:
+    """Whether nobody reads standard output any more; from then on it leads nowhere."""
+    with contextlib.suppress(BrokenPipeError):
+        print(end="", flush=True)  # at exit, a failure would only be complained of
+    try:
+        descriptor = sys.stdout.fileno()
+    except (OSError, ValueError):  # none: it is captured
+        return False
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    if not any(events & select.POLLERR for _, events in poll.poll(0)):
+        return False
+    # What is left in the buffer would be written at exit, and the failure complained of.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+    return True
+
+
 def _verdict(error: BaseException) -> tuple[int, str | None]:
     """Exit status and sentence; None for what only a traceback explains."""
     if isinstance(error, UserError):
@@ -319,6 +356,15 @@ def _verdict(error: BaseException) -> tuple[int, str | None]:
     mendable = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
     if isinstance(error, OSError) and error.errno in mendable:
         return 2, f"{error.filename or 'a file'}: {error.strerror}."
+    exhausted = "RESOURCE_EXHAUSTED: "
+    on_device = isinstance(error, jax.errors.JaxRuntimeError) and str(error).startswith(exhausted)
+    if on_device or isinstance(error, MemoryError):
+        reason = next(iter(str(error).strip().splitlines()), "that of the host")
+        return 2, (
+            f"out of memory: {reason.removeprefix(exhausted).rstrip('.')}; take fewer or shorter "
+            "sequences at a time (--micro-batch, --seq-len, --slots), recompute (--remat full), or "
+            "divide more (--mesh)."
+        )
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted; the checkpoints that were complete are intact."
     return 1, None

@@ -69,9 +69,9 @@ def generate(config: GenerateConfig) -> None:
         assert text is not None
         request = _request(config, ready, {"prompt": text})
         console = Console(highlight=False)
+        engine = ready.engine(config, len(request.prompt))  # says its sizes, on standard error
         if not config.chat:
             console.print(text, end="", markup=False, soft_wrap=True)
-        engine = ready.engine(config, len(request.prompt))
         if config.samples == 1 and not config.stop:
             stream = Stream(console, ready.tokenizer, thinking=_thinks(ready, request))
             (done,) = engine.generate([request], lambda _, __, tokens: stream(tokens))

@@ -1,5 +1,6 @@
 """What a run prints: its progress, and tables at the end."""
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
@@ -18,10 +19,19 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 
 
+class _Console(Console):
+    """Goes silent where rich would end the program."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
 class Progress:
     """Progress of a run: a bar on a terminal, a plain line now and then elsewhere.
 
-    Silent on all processes but the first.
+    Silent on all processes but the first. The run goes on if nobody reads on, as with ``| head``
+    or a ``tee`` that has died.
 
     Args:
         total: the step at which the run ends.
@@ -38,7 +48,7 @@ class Progress:
         interval_s: float | int = 10,
         console: Console | None = None,
     ):
-        self.console = console or Console(quiet=jax.process_index() != 0)
+        self.console = console or _Console(quiet=jax.process_index() != 0)
         self._total, self._interval_s = total, interval_s
         self._first: tuple[int, float] | None = None  # step and time of the first update
         self._last_line = time.monotonic()
