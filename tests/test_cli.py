@@ -1,5 +1,6 @@
 """The command line: --help, and bad input that ends with one sentence and status 2."""
 
+import io
 import json
 import signal
 from pathlib import Path
@@ -346,15 +347,15 @@ def no_cache():
     jax.config.update("jax_compilation_cache_dir", before)
 
 
-def cache_seen(words: list[str], monkeypatch) -> Path | None:
+def cache_seen(words: list[str], monkeypatch, command: str = "pretrain") -> Path | None:
     """Where compiled programs are kept while the command runs."""
     seen = []
 
     def look(_):
         seen.append(jax.config.jax_compilation_cache_dir)
 
-    monkeypatch.setattr(cli, "pretrain", look)
-    main(["pretrain", *words])
+    monkeypatch.setattr(cli, command, look)
+    main([command, *words])
     assert jax.config.jax_compilation_cache_dir is None  # as before
     return Path(seen[0]) if seen[0] else None
 
@@ -366,6 +367,7 @@ def test_compiled_programs_are_kept_in_the_users_cache(monkeypatch, tmp_path):
     assert folder is not None
     assert folder.is_dir()
     assert folder.parent == tmp_path / "deepseek_jax"
+    assert cache_seen(["x", "--run", "nowhere"], monkeypatch, "generate") == folder
 
 
 @pytest.mark.usefixtures("no_cache")
@@ -526,6 +528,23 @@ def test_a_file_of_prompts_and_conversations(run_directory, tmp_path, capsys):
     assert not (tmp_path / "c.jsonl").exists()
 
 
+def test_bytes_that_are_no_text(run_directory, capsys, monkeypatch):
+    words = ["generate", "--run", str(run_directory), "--compute", "float32"]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"na\xefve")))
+    for prompt, said in (("-", "standard input is not UTF-8 at byte 2"), ("\udcef", "is not Unic")):
+        with pytest.raises(SystemExit):
+            main([*words, prompt])
+        assert said in capsys.readouterr().err
+
+    def ask(_):
+        monkeypatch.setattr("builtins.input", lambda _: "/exit")
+        raise UnicodeDecodeError("utf-8", b"\xef", 0, 1, "invalid")
+
+    monkeypatch.setattr("builtins.input", ask)
+    chat(ChatConfig(run=run_directory, compute="float32"), lambda prompt: input(prompt))
+    assert "that is not UTF-8; say it again" in capsys.readouterr().out
+
+
 def test_chat_keeps_history_and_survives_an_interruption(run_directory, capsys, monkeypatch):
     said = iter(["hello", "/reset", "", "a b " * 9000, "again", "/exit"])
     asked = []
@@ -574,18 +593,35 @@ def test_eval_of_tasks_and_of_text(run_directory, folder, tmp_path, capsys):
         (["generate", "x"], "--hf DIR or --run DIR"),
         (["generate", "--run", "nowhere"], "a prompt or --prompts FILE"),
         (["generate", "--run", "nowhere", "--prompts", "a.jsonl"], "go together"),
+        (["generate", "x", "--run", "nowhere", "--samples", "0"], "samples=0 must be at least 1"),
+        (
+            ["generate", "--run", "nowhere", "--prompts", "a.jsonl", "--out", "file/b.jsonl"],
+            "cannot write file/b.jsonl into ",
+        ),
+        (["eval", "--run", "nowhere", "--tasks", "add:1", "--samples", "0"], "samples=0 must be"),
+        (["eval", "--run", "nowhere", "--tasks", "add:1", "--limit", "0"], "limit=0 must be at"),
+        (["eval", "--run", "nowhere", "--tasks", "add:1", "--out", "x.jsonl"], "in .json"),
+        (["eval", "--run", "nowhere", "--tasks", "add:1", "--out", "there.json"], "jsonl exists;"),
         (["chat", "--run", "nowhere"], "holds no run"),
         (["rejection-sample", "--run", "nowhere"], "takes --tasks and --out FILE"),
         (["rejection-sample", "--hf", "x", "--tasks", "add:1", "--out", "y"], "x is not a"),
         (["reward-model", "--init", "x", "--data", "nowhere", "--out", "y"], "cannot read nowhere"),
         (["eval", "--run", "nowhere"], "--tasks or --text"),
         (["eval", "--run", "nowhere", "--tasks", "add:2"], "holds no run"),
+        (["generate", "x", "--run", "folder"], "a Hugging Face folder is given as --hf"),
+        (["generate", "x", "--hf", "run"], "run is a run and not a Hugging Face folder; give it"),
+        (["generate", "x", "--hf", "y", "--max-length", "0"], "max_length=0 must be at least 1"),
         (["generate", "x", "--run", "nowhere"], "holds no run"),
         (["generate", "x", "--hf", "nowhere"], "nowhere is not a directory"),
     ],
 )
 def test_convert_and_generate_refuse_in_one_sentence(words, named, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    for name in ("folder/config.json", "run/run.json"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    (tmp_path / "file").touch()
+    (tmp_path / "there.jsonl").touch()
     with pytest.raises(SystemExit) as end:
         main(words)
     stderr = capsys.readouterr().err

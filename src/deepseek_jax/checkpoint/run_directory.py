@@ -86,7 +86,7 @@ def _check(directory: Path, config: dict, resume: bool, may_change: Collection[s
             "or choose another output directory."
         )
     if resume:
-        stored = dict(_leaves(read_run(directory)))
+        stored = dict(_leaves(read_run(directory, NO_RESUME)))
         wanted = dict(_leaves(config))
         for name in sorted(stored.keys() | wanted.keys()):
             old, new = stored.get(name, "absent"), wanted.get(name, "absent")
@@ -108,15 +108,16 @@ def _write(directory: Path, config: dict) -> None:
         ) from error
 
 
-def read_run(directory: Path) -> dict[str, Any]:
+NO_RESUME = "check the path, or start without --resume"
+
+
+def read_run(directory: Path, remedy: str = "check the path") -> dict[str, Any]:
     """The configuration stored in ``run.json``; a UserError if there is none."""
     path = directory / "run.json"
     try:
         return json.loads(path.read_text(encoding="utf-8"))["config"]
     except FileNotFoundError:
-        raise UserError(
-            f"{directory} holds no run (no run.json); check the path, or start without --resume."
-        ) from None
+        raise UserError(f"{directory} holds no run (no run.json); {remedy}.") from None
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise UserError(
             f"{path} is not readable as the record of a run ({error}); restore it from a copy."

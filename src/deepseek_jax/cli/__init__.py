@@ -266,8 +266,10 @@ def _started(words: list[str]) -> Iterator[None]:
     the others instead of leaving them to wait for it.
     """
     training = (["pretrain"], ["sft"], ["reward-model"], ["grpo"])
+    serving = (["generate"], ["chat"], ["eval"], ["harness"], ["rejection-sample"])
     if words[:1] not in training or not {"-h", "--help"}.isdisjoint(words):
-        yield
+        with _compilation_cache(_cache_folder() if words[:1] in serving else None):
+            yield
         return
     machine, _ = tyro.cli(Machine, args=words[1:], return_unknown_args=True)
     distributed.initialize(machine)

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from deepseek_jax.checkpoint.files import write_json, write_json_lines
-from deepseek_jax.cli.serving import Opened, ServingConfig, opened, refuse_existing
+from deepseek_jax.cli.serving import Opened, ServingConfig, check_out, opened
 from deepseek_jax.data.pipeline import DataConfig, EvalBatch, eval_batches
 from deepseek_jax.data.prompts import Prompter, PromptStyle
 from deepseek_jax.data.tasks import Task, open_tasks
@@ -33,6 +33,16 @@ class SolvingConfig(ServingConfig):
     prompt_style: PromptStyle = "plain"
     samples: int = 1
     """Attempts at each task."""
+    limit: int | None = None
+    """Tasks at the most; default: all of a file, 200 of those that are generated."""
+
+    def __post_init__(self) -> None:
+        """Refuse to ask nothing."""
+        super().__post_init__()
+        for name in ("samples", "limit"):
+            number = getattr(self, name)
+            if number is not None and number < 1:
+                raise UserError(f"{name}={number} must be at least 1.")
 
 
 @dataclass(frozen=True)
@@ -41,8 +51,6 @@ class EvalConfig(SolvingConfig):
 
     text: tuple[str, ...] = ()
     """Instead: files or folders of text; perplexity and bits per byte."""
-    limit: int = 200
-    """Tasks to generate."""
     seq_len: int = 1024
     """Tokens of context at the most, for text."""
     out: Path | None = None
@@ -53,27 +61,34 @@ class EvalConfig(SolvingConfig):
         super().__post_init__()
         if (self.tasks is None) == (not self.text):
             raise UserError("eval takes --tasks or --text, one of the two.")
+        if self.out is not None and self.out == self.attempts:
+            raise UserError(f"{self.out} is where the attempts go; end --out in .json.")
+
+    @property
+    def attempts(self) -> Path | None:
+        """The file beside the figures."""
+        return self.out.with_suffix(".jsonl") if self.out is not None and self.tasks else None
 
 
 def evaluate(config: EvalConfig) -> dict[str, float]:
     """Measure, print a table, write JSON."""
-    refuse_existing(config.out)
+    check_out(config.out, config.attempts)
     with opened(config) as ready:
         figures = _on_tasks(config, ready) if config.tasks else _on_text(config, ready)
+    rows = [{"figure": name, "value": value} for name, value in figures.items()]
+    Console().print(summary_table(rows))
     if config.out is not None:
         config.out.parent.mkdir(parents=True, exist_ok=True)
         write_json(config.out, figures)
-    rows = [{"figure": name, "value": value} for name, value in figures.items()]
-    Console().print(summary_table(rows))
     return figures
 
 
 def _on_tasks(config: EvalConfig, ready: Opened) -> dict[str, float]:
     assert config.tasks is not None
-    tasks = list(open_tasks(config.tasks, size=config.limit))
+    tasks = open_tasks(config.tasks, size=config.limit or 200)[: config.limit]
     solved = attempt(config, ready, tasks)
-    if config.out is not None:
-        config.out.parent.mkdir(parents=True, exist_ok=True)
+    if config.attempts is not None:
+        config.attempts.parent.mkdir(parents=True, exist_ok=True)
         lines = [
             {
                 "prompt": tasks[row].prompt,
@@ -84,7 +99,7 @@ def _on_tasks(config: EvalConfig, ready: Opened) -> dict[str, float]:
             for row, samples in enumerate(solved.samples)
             for column, sample in enumerate(samples)
         ]
-        write_json_lines(config.out.with_suffix(".jsonl"), lines)
+        write_json_lines(config.attempts, lines)
     return {"tasks": float(len(tasks))} | solved.scalars()
 
 

@@ -16,12 +16,12 @@ from deepseek_jax.cli.serving import (
     Opened,
     ServingConfig,
     Stream,
+    check_out,
     opened,
-    refuse_existing,
     with_seed,
 )
 from deepseek_jax.data.conversations import Message, parse_messages
-from deepseek_jax.data.records import JsonRecords
+from deepseek_jax.data.records import JsonRecords, decode
 from deepseek_jax.data.tokenizer import THINK
 from deepseek_jax.generate import Completion, Request, completion_text, text_request
 from deepseek_jax.types import UserError
@@ -46,12 +46,14 @@ class GenerateConfig(ServingConfig):
     """Strings at which a completion ends, without them."""
 
     def __post_init__(self) -> None:
-        """Refuse two prompts, or none."""
+        """Refuse two prompts, or none, and to answer none of them."""
         super().__post_init__()
         if (self.prompt is None) == (self.prompts is None):
             raise UserError("generate takes a prompt or --prompts FILE, one of the two.")
         if (self.prompts is None) != (self.out is None):
             raise UserError("--prompts FILE and --out FILE go together.")
+        if self.samples < 1:
+            raise UserError(f"samples={self.samples} must be at least 1.")
 
 
 class _Record(NamedTuple):
@@ -61,11 +63,14 @@ class _Record(NamedTuple):
 
 def generate(config: GenerateConfig) -> None:
     """Continue a text, or every prompt of a file."""
+    check_out(config.out)
     with opened(config) as ready:
         if config.prompts is not None:
             _generate_file(config, ready)
             return
-        text = sys.stdin.read() if config.prompt == "-" else config.prompt
+        text = config.prompt
+        if text == "-":
+            text = decode(sys.stdin.buffer.read(), "standard input")
         assert text is not None
         request = _request(config, ready, {"prompt": text})
         console = Console(highlight=False)
@@ -104,7 +109,6 @@ def _generate_file(config: GenerateConfig, ready: Opened) -> None:
     """Every line as soon as it is done goes to ``out.partial``; the whole, in order, to ``out``."""
     assert config.prompts is not None
     assert config.out is not None
-    refuse_existing(config.out)
     records = list(_read(config, ready, JsonRecords(config.prompts)))
     if not records:
         raise UserError(f"{config.prompts} holds no prompt.")
@@ -176,6 +180,9 @@ def chat(config: ChatConfig, ask: Callable[[str], str] = input) -> None:
             except (EOFError, KeyboardInterrupt):
                 console.print()
                 return
+            except UnicodeDecodeError:
+                console.print("that is not UTF-8; say it again", style="red", markup=False)
+                continue
             if said == "/exit":
                 return
             if said == "/reset":

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 
 from deepseek_jax.checkpoint.files import write_json
-from deepseek_jax.cli.serving import ServingConfig, opened, refuse_existing
+from deepseek_jax.cli.serving import ServingConfig, check_out, opened
 from deepseek_jax.generate import Sampling
 from deepseek_jax.types import UserError
 
@@ -40,7 +40,7 @@ class HarnessConfig(ServingConfig):
 
 def harness(config: HarnessConfig) -> dict[str, Any]:
     """Measure, print the harness's table, write JSON."""
-    refuse_existing(config.out)
+    check_out(config.out)
     try:
         import lm_eval  # pyrefly: ignore
         from lm_eval.tasks import TaskManager  # pyrefly: ignore

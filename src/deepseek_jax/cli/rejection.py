@@ -7,7 +7,7 @@ from rich.console import Console
 
 from deepseek_jax.checkpoint.files import write_json, write_json_lines
 from deepseek_jax.cli.evaluate import SolvingConfig, attempt
-from deepseek_jax.cli.serving import opened, refuse_existing
+from deepseek_jax.cli.serving import check_out, opened
 from deepseek_jax.data.prompts import PromptStyle
 from deepseek_jax.data.tasks import open_tasks, split
 from deepseek_jax.generate import Sampling
@@ -23,7 +23,7 @@ class RejectionSampleConfig(SolvingConfig):
     out: Path | None = None
     """Where the answers kept go, as JSON lines for `sft --data`; what became of the others is
     counted beside it, in `.counts.json`."""
-    limit: int = 10_000
+    limit: int | None = 10_000
     """Tasks to ask, at the most."""
     task_seed: int = 0
     """Of tasks that are generated."""
@@ -46,15 +46,17 @@ def rejection_sample(config: RejectionSampleConfig) -> Sifted:
     """Ask, judge, sift, and write what is left; a file appears when it is complete."""
     assert config.tasks is not None
     assert config.out is not None
-    refuse_existing(config.out)
+    counts = config.out.with_suffix(".counts.json")
+    check_out(config.out, counts)
     with opened(config) as ready:
-        found = open_tasks(config.tasks, size=config.limit, seed=config.task_seed)
-        tasks = split(found, config.held_out_fraction).train[: config.limit]
+        asked = open_tasks(config.tasks, size=config.limit or 10_000, seed=config.task_seed)
+        tasks = split(asked, config.held_out_fraction).train[: config.limit]
         sifted = sift(attempt(config, ready, tasks), tasks, config.rejection)
     if not sifted.records:
-        raise UserError(f"no answer is fit to be kept of {sifted.counts}; sample more of them.")
+        found = ", ".join(f"{count} {name}" for name, count in sifted.counts.items() if count)
+        raise UserError(f"no answer is fit to be kept ({found}); sample more of them.")
     config.out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(config.out.with_suffix(".counts.json"), sifted.counts)
+    write_json(counts, sifted.counts)
     write_json_lines(config.out, sifted.records)  # last: where it is, all is
     rows = [{"answers": name, "number": count} for name, count in sifted.counts.items()]
     Console().print(summary_table(rows))

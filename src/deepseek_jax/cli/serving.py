@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,9 +54,11 @@ class ServingConfig:
     """Tokens of a prompt and its completion; default: as the prompts and max-new-tokens need."""
 
     def __post_init__(self) -> None:
-        """Refuse to guess which model is meant."""
+        """Refuse to guess which model is meant, and to leave no room for a text."""
         if (self.hf is None) == (self.run is None):
             raise UserError("give the model as --hf DIR or --run DIR, one of the two.")
+        if self.max_length is not None and self.max_length < 1:
+            raise UserError(f"max_length={self.max_length} must be at least 1.")
 
 
 class Opened(NamedTuple):
@@ -114,14 +117,18 @@ class Opened(NamedTuple):
         return engine
 
 
-def refuse_existing(out: Path | None) -> None:
-    """Nothing is written over.
+def check_out(*paths: Path | None) -> None:
+    """Nothing is written over, and nothing computed that then cannot be written.
 
     Raises:
-        UserError: there is such a file.
+        UserError: there is such a file, or its folder cannot be written to.
     """
-    if out is not None and out.exists():
-        raise UserError(f"{out} exists; choose another --out, or remove it.")
+    for path in filter(None, paths):
+        if path.exists():
+            raise UserError(f"{path} exists; choose another --out, or remove it.")
+        there = next(folder for folder in path.absolute().parents if folder.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            raise UserError(f"cannot write {path} into {there}; choose another --out.")
 
 
 @contextlib.contextmanager
@@ -141,7 +148,10 @@ def opened(config: ServingConfig) -> Iterator[Opened]:
         dtype = "fp8" if fp8 else config.compute
         model_config, params, bias = load_hf(folder, dtype=dtype, mesh=devices, stored=False)
     else:
-        model_config = ModelConfig.from_hf(read_run(local_path(folder))["model"])
+        remedy = "check the path"
+        if (folder / "config.json").exists():
+            remedy = "a Hugging Face folder is given as --hf"
+        model_config = ModelConfig.from_hf(read_run(local_path(folder), remedy)["model"])
         model = DeepSeekV3(model_config, precision)
         abstract = sharded_params(model, devices, stored=False)
         abstract = fp8_params(model_config, abstract) if fp8 else abstract

@@ -40,6 +40,10 @@ class HFFolder:
         self.path = Path(path)
         if not self.path.is_dir():
             raise UserError(f"{path} is not a directory; give a folder with config.json in it.")
+        if (self.path / "run.json").exists():
+            raise UserError(
+                f"{path} is a run and not a Hugging Face folder; give it as --run, or `convert` it."
+            )
         self.hf_config, self.config = _read_config(self.path / "config.json")
         _check_options(self.path, self.hf_config)
         self.tensors = _read_headers(self.path, _shards(self.path))
@@ -94,7 +98,8 @@ def _read_config(path: Path) -> tuple[dict[str, Any], ModelConfig]:
     except UserError:
         raise
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path} is not a readable config.json: {error!r:.200}.") from error
+        reason = error.strerror if isinstance(error, OSError) else repr(error)
+        raise UserError(f"{path} is not a readable config.json: {reason:.200}.") from error
 
 
 def _check_options(path: Path, hf: dict[str, Any]) -> None:

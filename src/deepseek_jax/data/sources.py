@@ -224,7 +224,7 @@ def _list_entry(entry: str) -> list[Path]:
         found = [p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file()]
         remedy = "no file matches; mend the glob"
     else:
-        raise UserError(f"no such file or directory: {entry}; name one that exists as `source`")
+        raise UserError(f"no such file or directory: {entry}; check the path")
     if not found:
         raise UserError(f"nothing to read in {entry}: {remedy}")
     return sorted(found)

@@ -118,8 +118,8 @@ class Tokenizer:
             path = path / "tokenizer.json"
         if not path.is_file():
             raise UserError(
-                f"no tokenizer at {path}: give the path of a Hugging Face tokenizer.json, or "
-                "leave it out to train one on the corpus"
+                f"no tokenizer at {path}: give the path of a Hugging Face tokenizer.json, or of "
+                "the folder that holds it"
             )
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
@@ -147,9 +147,18 @@ class Tokenizer:
             text: Any text without lone surrogates.
             allow_special: Read the names of special tokens in the text as those tokens. For
                 chat templates only; never for documents.
+
+        Raises:
+            UserError: Lone surrogates, which Python makes of bytes that are not UTF-8.
         """
         backend = self._reading_specials if allow_special else self._backend
-        return backend.encode(text, add_special_tokens=False).ids
+        try:
+            return backend.encode(text, add_special_tokens=False).ids
+        except TypeError:
+            raise UserError(
+                f"a text is not Unicode (half a surrogate pair, or bytes that are not UTF-8): "
+                f"{text[:60]!r}; mend it"
+            ) from None
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """``encode`` of many texts, on all CPU cores."""

@@ -108,7 +108,7 @@ def topology_devices(topology: Topology) -> list[Any]:
     """
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
-            "compiling for TPUs needs libtpu, which needs no TPU: pip install 'deepseek-jax[tpu]'."
+            "compiling for TPUs needs libtpu, which needs no TPU: pip install 'jax[tpu]'."
         )
     # Without these libtpu asks a metadata server which host of which slice this is, and waits;
     # and it takes a lock file for a device that is not there.

@@ -279,7 +279,7 @@ class _Trainer:
             raise UserError(
                 f"prompts of up to {self.longest} tokens and max_new_tokens="
                 f"{config.rollout.sampling.max_new_tokens} exceed the model's context of {limit}; "
-                "lower max_new_tokens."
+                "lower max_new_tokens, or put the questions more briefly (prompt_style)."
             )
         parts_T = 8 * sharding.sequence_shards(mesh)
         self.length = -(-(self.engine_length - 1) // parts_T) * parts_T

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from deepseek_jax import sharding
 from deepseek_jax.checkpoint import Checkpointer, Restored, load_params
 from deepseek_jax.checkpoint.files import local_path
-from deepseek_jax.checkpoint.run_directory import read_run
+from deepseek_jax.checkpoint.run_directory import NO_RESUME, read_run
 from deepseek_jax.config import ModelConfig, Precision, RematPolicy
 from deepseek_jax.convert import fp8_params, load_hf
 from deepseek_jax.convert.folder import HFFolder
@@ -205,7 +205,7 @@ def stored_config(config: Config) -> Config:
     Raises:
         UserError: if there is no run, or it was of another stage.
     """
-    stored = read_run(config.out)
+    stored = read_run(config.out, NO_RESUME)
     found = stored.get("stage")
     if found != config.stage:
         raise UserError(f"{config.out} holds a run of stage {found!r}, not {config.stage}.")
