@@ -25,6 +25,7 @@ from typing import Literal
 import jax
 import tyro
 
+from deepseek_jax.cli import ends_in_a_sentence
 from deepseek_jax.data.tasks import addition_demonstration
 from deepseek_jax.rewards import Completion, Term, numeric
 from deepseek_jax.train.reward_terms import RewardConfig
@@ -154,4 +155,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache/deepseek_jax/recipe"))
-    main()
+    with ends_in_a_sentence():
+        main()

@@ -28,6 +28,7 @@ import jax
 import tyro
 
 from deepseek_jax.checkpoint.files import write_json_lines
+from deepseek_jax.cli import ends_in_a_sentence
 from deepseek_jax.data.tasks import Task, content_hash, read_jsonl
 from deepseek_jax.rewards import Completion
 from deepseek_jax.train.reward_terms import RewardConfig
@@ -264,4 +265,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache/deepseek_jax/recipe"))
-    main()
+    with ends_in_a_sentence():
+        main()

@@ -11,12 +11,15 @@ import json
 import random
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import tyro
 
 from deepseek_jax.checkpoint import load_params
+from deepseek_jax.cli import ends_in_a_sentence
 from deepseek_jax.config import FLOAT32
 from deepseek_jax.data.chat import ChatTemplate
 from deepseek_jax.data.conversations import Message
@@ -31,7 +34,6 @@ from deepseek_jax.train.optim import OptimConfig
 from deepseek_jax.train.pretrain import PretrainConfig, pretrain
 from deepseek_jax.train.sft import SftConfig, sft
 
-OUT = Path("out/sft_arithmetic")
 MODEL = preset("tiny").replace(vocab_size=266, num_nextn_predict_layers=0)  # bytes, no merges
 
 
@@ -120,32 +122,45 @@ def accuracy(run: Path, tasks: list[Sum]) -> float:
     return float(np.mean([task.solved_by(text) for task, text in zip(tasks, said, strict=True)]))
 
 
+@dataclass(frozen=True)
+class Experiment:
+    """Where it happens; stopped or killed, the same command goes on."""
+
+    out: Path = Path("out/sft_arithmetic")
+
+
 def main() -> None:
     """Text, then conversations; accuracy on 400 held-out sums before and after the latter."""
     started = time.perf_counter()
-    write_data(OUT / "data")
-    pretrain(
+    out = tyro.cli(Experiment).out
+    data, base, tuned = (out / name for name in ("data", "base", "sft"))
+    write_data(data)
+    learnt = pretrain(
         PretrainConfig(
-            out=OUT / "base",
+            out=base,
+            resume=(base / "run.json").exists(),
             model=MODEL,
             precision=FLOAT32,
-            data=DataConfig(source=(str(OUT / "data/text.jsonl"),), seq_len=128, fim_rate=0.0),
+            data=DataConfig(source=(str(data / "text.jsonl"),), seq_len=128, fim_rate=0.0),
             loop=LoopConfig(steps=300, batch_size=16, eval_every=0, save_every=300),
             optim=OptimConfig(peak_lr=3e-3, min_lr=3e-4, final_lr=3e-4),
             prompt="3+4",
         )
     )
+    if learnt is None:  # stopped, and saved
+        return
     tasks = sums(400, held_out=True, seed=400)
-    before = accuracy(OUT / "base", tasks)
-    sft(
+    before = accuracy(base, tasks)
+    adds = sft(
         SftConfig(
-            out=OUT / "sft",
-            init=OUT / "base",
+            out=tuned,
+            resume=(tuned / "run.json").exists(),
+            init=base,
             precision=FLOAT32,
             epochs=4,
             conversations=ConversationConfig(
-                data=(str(OUT / "data/train.jsonl"),),
-                held_out=(str(OUT / "data/held_out.jsonl"),),
+                data=(str(data / "train.jsonl"),),
+                held_out=(str(data / "held_out.jsonl"),),
                 seq_len=256,
             ),
             loop=LoopConfig(batch_size=16, eval_every=200, save_every=400),
@@ -160,7 +175,9 @@ def main() -> None:
             ),
         )
     )
-    after = accuracy(OUT / "sft", tasks)
+    if adds is None:
+        return
+    after = accuracy(tuned, tasks)
     print(
         f"accuracy on {len(tasks)} held-out sums: {before:.1%} before, {after:.1%} after; "
         f"{time.perf_counter() - started:.0f} s in all"
@@ -168,4 +185,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with ends_in_a_sentence():
+        main()

@@ -590,6 +590,7 @@ def test_eval_of_tasks_and_of_text(run_directory, folder, tmp_path, capsys):
         (["convert"], "SOURCE and TARGET"),
         (["convert", "--check", "nowhere"], "nowhere is not a directory"),
         (["convert", "nowhere", "there"], "nowhere is not a directory"),
+        (["convert", "nowhere", "there", "--workers", "0"], "must be at least 1"),
         (["generate", "x"], "--hf DIR or --run DIR"),
         (["generate", "--run", "nowhere"], "a prompt or --prompts FILE"),
         (["generate", "--run", "nowhere", "--prompts", "a.jsonl"], "go together"),

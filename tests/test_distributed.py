@@ -235,7 +235,7 @@ ALONE = """
     from deepseek_jax.types import UserError
 
     process, port, victim, how = int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
-    with cli._ends_in_a_sentence():
+    with cli.ends_in_a_sentence():
         distributed.initialize(distributed.Cluster(f"localhost:{port}", 2, process))
         shared = distributed.from_first(lambda: b"made by %d" % process)
         assert shared == b"made by 0", shared
@@ -259,7 +259,7 @@ SAVING = """
     from deepseek_jax import cli, distributed
 
     process, port, victim, out = int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
-    with cli._ends_in_a_sentence():
+    with cli.ends_in_a_sentence():
         distributed.initialize(distributed.Cluster(f"localhost:{port}", 2, process))
         import jax, numpy as np
         import jax.numpy as jnp
@@ -366,7 +366,7 @@ def test_processes_that_do_not_appear_are_waited_for_and_then_reported(monkeypat
     script = """
         from deepseek_jax import cli, distributed
         distributed._START_S = 2
-        with cli._ends_in_a_sentence():
+        with cli.ends_in_a_sentence():
             distributed.initialize(distributed.Cluster("localhost:%d", 3, 0))
     """
     process = subprocess.run(

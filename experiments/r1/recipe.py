@@ -18,6 +18,7 @@ import tyro
 from rich.console import Console
 
 from deepseek_jax.checkpoint.files import write_json
+from deepseek_jax.cli import ends_in_a_sentence
 from deepseek_jax.data.prompts import PromptStyle
 from deepseek_jax.types import UserError
 from experiments.r1 import base, cold_start, distill, reasoning, rejection, scenarios, zero
@@ -114,10 +115,9 @@ def main() -> None:
         print(run(tyro.cli(Setting)))
     except Stopped as stage:
         sys.exit(f"stopped in stage {stage} and saved; the same command goes on.")
-    except UserError as error:
-        sys.exit(str(error))
 
 
 if __name__ == "__main__":
     jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache/deepseek_jax/recipe"))
-    main()
+    with ends_in_a_sentence():
+        main()

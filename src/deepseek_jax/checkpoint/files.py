@@ -42,11 +42,15 @@ def write_json_lines(path: Path, records: Iterable[object]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Writes so that ``path`` holds the old or the new text, never a part of it."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:  # a full disk, or Ctrl-C
+        temporary.unlink(missing_ok=True)
+        raise
     handle = os.open(path.parent, os.O_RDONLY)  # the rename itself must reach the disk too
     try:
         os.fsync(handle)

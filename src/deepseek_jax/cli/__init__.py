@@ -104,6 +104,8 @@ def _convert(
         return
     if len(paths) != 2:
         raise UserError("convert takes SOURCE and TARGET, two paths, or --check DIR.")
+    if shard_size < 1 or workers < 1:
+        raise UserError("shard_size and workers must be at least 1.")
     source, target = paths
     if (source / "run.json").exists():
         convert_to_hf(
@@ -215,7 +217,7 @@ def main(args: list[str] | None = None) -> None:
         """Learn what people prefer, from pairs or grades, for `grpo --reward-model`."""
         train_reward_model(config)
 
-    with _ends_in_a_sentence(), _started(words), _REGISTRY:
+    with ends_in_a_sentence(), _started(words), _REGISTRY:
         tyro.extras.subcommand_cli_from_dict(
             {
                 "pretrain": command,
@@ -240,7 +242,7 @@ def main(args: list[str] | None = None) -> None:
 def run_recipe(stage: Callable[[Config], Any], default: Config) -> None:
     """Run a stage with a recipe's configuration; the command line may change any field of it."""
     words = sys.argv[1:]
-    with _ends_in_a_sentence(), _started([default.stage, *words]), _REGISTRY:
+    with ends_in_a_sentence(), _started([default.stage, *words]), _REGISTRY:
         stage(_as_stored(_parse(default, words), words))
 
 
@@ -302,7 +304,7 @@ def _compilation_cache(folder: Path | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _ends_in_a_sentence() -> Iterator[None]:
+def ends_in_a_sentence() -> Iterator[None]:
     """What ends a command early ends all processes of its run, with a sentence and a status.
 
     Bad input: 2. Ctrl-C: 130. A reader of standard output that has gone (``| head``): 1, in
@@ -355,9 +357,16 @@ def _verdict(error: BaseException) -> tuple[int, str | None]:
     if isinstance(error, UserError):
         return 2, str(error)
     # Only what the user can mend becomes a sentence.
-    mendable = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+    mendable = {
+        errno.ENOSPC: "make room, and repeat it (a run: with --resume)",
+        errno.EDQUOT: "make room, and repeat it (a run: with --resume)",
+        errno.EACCES: "check its permissions",
+        errno.EROFS: "choose another place",
+        errno.ENOTDIR: "choose another place",
+    }
     if isinstance(error, OSError) and error.errno in mendable:
-        return 2, f"{error.filename or 'a file'}: {error.strerror}."
+        name = error.filename or "a file that was being written"
+        return 2, f"{name}: {error.strerror}; {mendable[error.errno]}."
     exhausted = "RESOURCE_EXHAUSTED: "
     on_device = isinstance(error, jax.errors.JaxRuntimeError) and str(error).startswith(exhausted)
     if on_device or isinstance(error, MemoryError):
@@ -368,5 +377,5 @@ def _verdict(error: BaseException) -> tuple[int, str | None]:
             "divide more (--mesh)."
         )
     if isinstance(error, KeyboardInterrupt):
-        return 130, "interrupted; the checkpoints that were complete are intact."
+        return 130, "interrupted; what was complete is kept."
     return 1, None

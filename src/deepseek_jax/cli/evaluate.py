@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 from rich.console import Console
@@ -74,33 +75,33 @@ def evaluate(config: EvalConfig) -> dict[str, float]:
     """Measure, print a table, write JSON."""
     check_out(config.out, config.attempts)
     with opened(config) as ready:
-        figures = _on_tasks(config, ready) if config.tasks else _on_text(config, ready)
+        figures, lines = _on_tasks(config, ready) if config.tasks else (_on_text(config, ready), [])
     rows = [{"figure": name, "value": value} for name, value in figures.items()]
-    Console().print(summary_table(rows))
+    Console().print(summary_table(rows))  # first of all: a full disk does not lose it
     if config.out is not None:
         config.out.parent.mkdir(parents=True, exist_ok=True)
         write_json(config.out, figures)
+    if config.attempts is not None:
+        write_json_lines(config.attempts, lines)
     return figures
 
 
-def _on_tasks(config: EvalConfig, ready: Opened) -> dict[str, float]:
+def _on_tasks(config: EvalConfig, ready: Opened) -> tuple[dict[str, float], list[Any]]:
+    """Figures, and a line for every attempt."""
     assert config.tasks is not None
     tasks = open_tasks(config.tasks, size=config.limit or 200)[: config.limit]
     solved = attempt(config, ready, tasks)
-    if config.attempts is not None:
-        config.attempts.parent.mkdir(parents=True, exist_ok=True)
-        lines = [
-            {
-                "prompt": tasks[row].prompt,
-                "answer": tasks[row].answer,
-                "completion": sample.completion.text,
-                "correct": bool(solved.correct_Pk[row, column]),
-            }
-            for row, samples in enumerate(solved.samples)
-            for column, sample in enumerate(samples)
-        ]
-        write_json_lines(config.attempts, lines)
-    return {"tasks": float(len(tasks))} | solved.scalars()
+    lines = [
+        {
+            "prompt": tasks[row].prompt,
+            "answer": tasks[row].answer,
+            "completion": sample.completion.text,
+            "correct": bool(solved.correct_Pk[row, column]),
+        }
+        for row, samples in enumerate(solved.samples)
+        for column, sample in enumerate(samples)
+    ]
+    return {"tasks": float(len(tasks))} | solved.scalars(), lines
 
 
 def attempt(config: SolvingConfig, ready: Opened, tasks: Sequence[Task]) -> Solved:

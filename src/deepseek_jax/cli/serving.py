@@ -19,6 +19,7 @@ from deepseek_jax.checkpoint.files import local_path
 from deepseek_jax.checkpoint.run_directory import read_run
 from deepseek_jax.config import Dtype, ModelConfig, Precision
 from deepseek_jax.convert import fp8_params, load_hf
+from deepseek_jax.convert.folder import HFFolder
 from deepseek_jax.data.chat import ChatTemplate
 from deepseek_jax.data.tokenizer import END_THINK, THINK, Tokenizer
 from deepseek_jax.generate import Engine, EngineConfig, Sampling
@@ -144,7 +145,10 @@ def opened(config: ServingConfig) -> Iterator[Opened]:
     precision = Precision(config.compute, config.compute, matmuls)
     folder = config.hf or config.run
     assert folder is not None
+    # The tokenizer before the weights, which take longer: not every release comes with this file.
     if config.hf is not None:
+        HFFolder(folder)
+        tokenizer = Tokenizer.load(folder / "tokenizer.json")
         dtype = "fp8" if fp8 else config.compute
         model_config, params, bias = load_hf(folder, dtype=dtype, mesh=devices, stored=False)
     else:
@@ -152,12 +156,12 @@ def opened(config: ServingConfig) -> Iterator[Opened]:
         if (folder / "config.json").exists():
             remedy = "a Hugging Face folder is given as --hf"
         model_config = ModelConfig.from_hf(read_run(local_path(folder), remedy)["model"])
+        tokenizer = Tokenizer.load(folder / "tokenizer.json")
         model = DeepSeekV3(model_config, precision)
         abstract = sharded_params(model, devices, stored=False)
         abstract = fp8_params(model_config, abstract) if fp8 else abstract
         params, bias, _ = load_params(folder, abstract)
         bias = jax.device_put(bias, sharding(devices))
-    tokenizer = Tokenizer.load(folder / "tokenizer.json")
     with jax.set_mesh(devices):
         model = DeepSeekV3(model_config, precision)
         yield Opened(model, params, bias, tokenizer, folder, devices)

@@ -324,6 +324,8 @@ def _announce(config: RunConfig, trainee: Trainee, mesh: Mesh, step: int) -> Non
             f"{jax.devices()[0].device_kind}, "
             + (f"resuming at step {step}" if step else f"output in {config.out}")
         )
+        if jax.devices()[0].platform == "cpu" and config.precision.compute == "bfloat16":
+            console.print("CPUs have no fast bfloat16; --compute float32 takes half the time")
 
 
 def draw(out: Path, outcome: Outcome, references: Mapping[str, float]) -> None:
