@@ -43,8 +43,6 @@ from deepseek_jax.model.experts import (
     to_pairs,
 )
 from deepseek_jax.types import UserError
-from pallas_kernels.linear import as_bytes, from_bytes
-from pallas_kernels.reference import E4M3
 
 Dispatcher = Literal["auto", "ragged", "ring"]
 
@@ -246,10 +244,10 @@ def plan_exchange(offsets_N: Int[Array, "N"], sizes_N: Int[Array, "N"]) -> Excha
 
 
 def _arriving(a: jax.Array, ex: Exchange, size: int) -> jax.Array:
-    if a.dtype == E4M3:
-        return from_bytes(_arriving(as_bytes(a), ex, size))
-    return sharding.ragged_all_to_all(
-        a,
+    # FP8 goes as bytes, whatever a backend makes of its formats.
+    sent = jax.lax.bitcast_convert_type(a, jnp.uint8) if a.dtype.itemsize == 1 else a
+    arrived = sharding.ragged_all_to_all(
+        sent,
         size,
         ex.send_offsets_N,
         ex.send_sizes_N,
@@ -257,6 +255,7 @@ def _arriving(a: jax.Array, ex: Exchange, size: int) -> jax.Array:
         ex.recv_sizes_N,
         "expert",
     )
+    return jax.lax.bitcast_convert_type(arrived, a.dtype) if sent is not a else arrived
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
