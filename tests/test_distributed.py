@@ -351,9 +351,11 @@ def test_a_process_that_is_killed_is_named_at_once(victim):
     assert seconds < 10
     assert ended[victim].status == -signal.SIGKILL
     survivor = ended[1 - victim]
-    assert f"deepseek-jax: process {victim} of 2" in survivor.stderr.splitlines()[-1]
-    assert "is gone without a word: killed, out of memory" in survivor.stderr
-    # JAX notices the end of process 0 in the same instant, and may abort first.
+    # JAX notices the end of process 0 in the same instant; it may have its say, too, and abort.
+    said = [x for x in survivor.stderr.splitlines() if x.startswith("deepseek-jax: ")]
+    assert len(said) == 1, survivor.stderr
+    assert f"process {victim} of 2" in said[0]
+    assert "is gone without a word: killed, out of memory" in said[0]
     assert survivor.status == 1 or (victim == 0 and survivor.status == -signal.SIGABRT)
 
 
