@@ -18,10 +18,11 @@ from deepseek_jax.cli import main
 from deepseek_jax.config import FLOAT32
 from deepseek_jax.convert import convert_to_hf
 from deepseek_jax.data.sft import ConversationConfig
+from deepseek_jax.presets import preset
 from deepseek_jax.report import read_metrics
 from deepseek_jax.train.loop import LoopConfig
 from deepseek_jax.train.optim import OptimConfig
-from deepseek_jax.train.sft import SFT_OPTIM, SftConfig, sft
+from deepseek_jax.train.sft import SFT_OPTIM, SftConfig, _with_rows, sft
 from tests.train import runs
 
 STEPS = 12
@@ -243,6 +244,7 @@ def test_a_template_that_raises(place, tmp_path, capsys):
     [
         ("--init None", "fine-tuning starts from weights: name a run or a folder with --init"),
         ("--init nowhere", "nowhere is neither a run's directory (run.json) nor a Hugging Face"),
+        ("--seq-len 8192", "seq_len=8192 exceeds the model's context of 4096; lower it"),
         ("--data gone.jsonl", "no such file or directory: gone.jsonl"),
         ("--weights 1 2", "1 entries of data have the weights [1.0, 2.0]"),
         ("--mesh data=3", "'data=3' asks for 3 devices, but there are 8"),
@@ -268,8 +270,12 @@ def test_inspect_shows_tokens_weights_and_segments(place, tmp_path, capsys):
 
 def test_rows_are_no_longer_than_the_models_context(place, tmp_path, capsys):
     """So that the default of V3's 4096 does for a model with less."""
-    main(["sft", *place.options(tmp_path / "out"), "--inspect", "--seq-len", "8192"])
+    main(["sft", *place.options(tmp_path / "out"), "--inspect", "--seq-len", "None"])
     assert " of 4096 positions used" in capsys.readouterr().out
+    config = SftConfig(conversations=ConversationConfig(data=(str(place.data),)))
+    for context, rows in ((2048, 2048), (8192, 4096)):
+        model = preset("tiny").replace(max_position_embeddings=context)
+        assert _with_rows(config, model).conversations.seq_len == rows
 
 
 def test_defaults_are_the_papers():

@@ -33,6 +33,7 @@ from deepseek_jax.data.sources import Concatenated, Selected, list_files
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.types import Batch, UserError
 
+ROW = 4096  # tokens, where nothing else is said
 _CACHED_TOKENS = 64_000_000  # 512 MB of ids and weights kept per process
 
 
@@ -46,7 +47,7 @@ class ConversationConfig:
             conversation once an epoch.
         held_out: Conversations to evaluate on instead of a share of the data.
         held_out_fraction: Share of the data kept for evaluation, chosen by the prompt's content.
-        seq_len: Tokens in a row (T), at the most as many as the model's context.
+        seq_len: Tokens in a row (T); default: 4096, or the model's context if that is shorter.
         train_on: The assistant's turns to learn: all, or the last of a conversation.
         too_long: A conversation longer than a row, or cut off in generation, is an error, is left
             out, or is cut off.
@@ -59,7 +60,7 @@ class ConversationConfig:
     weights: tuple[float, ...] = ()
     held_out: tuple[str, ...] = ()
     held_out_fraction: float = 0.02
-    seq_len: int = 4096
+    seq_len: int | None = None
     train_on: TrainOn = "all"
     too_long: Literal["error", "drop", "cut"] = "error"
     shuffle: bool = True
@@ -67,7 +68,7 @@ class ConversationConfig:
     streams: int = 0
 
     def __post_init__(self):
-        if self.seq_len < 1:
+        if self.seq_len is not None and self.seq_len < 1:
             raise UserError(f"seq_len must be at least 1, not {self.seq_len}.")
         if not 0 < self.held_out_fraction < 1:
             raise UserError(
@@ -79,6 +80,11 @@ class ConversationConfig:
                 f"{len(self.data)} entries of data have the weights {list(self.weights)}: give "
                 "one above 0 to each, or none."
             )
+
+    @property
+    def row_tokens(self) -> int:
+        """T, whoever has said it."""
+        return self.seq_len or ROW
 
 
 class Survey(NamedTuple):
@@ -161,7 +167,7 @@ class SftData:
                 count += 1
                 if count % PACKED_TOGETHER == 0 or count == total:
                     made, tokens = made + len(window), tokens + sum(window)
-                    rows += len(pack_samples(window, self._config.seq_len + 1))
+                    rows += len(pack_samples(window, self._config.row_tokens + 1))
                     window = []
         if not trained:
             raise UserError("the data hold no token to learn: all conversations are left out.")
@@ -193,7 +199,7 @@ class SftData:
                 samples = shuffled(samples, Concatenated(texts), seeds[0])
             samples = samples[stream::streams].repeat()
         epoch = len(range(stream, sum(map(len, self._sources)), streams))
-        rows = PackSamples(samples.to_iter_dataset(NO_THREADS), config.seq_len, epoch)
+        rows = PackSamples(samples.to_iter_dataset(NO_THREADS), self._config.row_tokens, epoch)
         batches = rows.batch(batch_size, batch_fn=_to_batch)
         return SameData(iter(batches), self._fingerprint(stream, streams))
 
@@ -203,7 +209,7 @@ class SftData:
         groups = iter(lambda: list(itertools.islice(each, PACKED_TOGETHER)), [])
         rows = (row for group in groups for row in self._pack(group))
         while group := list(itertools.islice(rows, batch_size)):
-            padded = group + [padding_row(self._config.seq_len)] * (batch_size - len(group))
+            padded = group + [padding_row(self._config.row_tokens)] * (batch_size - len(group))
             batch = _to_batch(padded)
             yield EvalBatch(batch, target_bytes(self._tokenizer, batch))
 
@@ -219,8 +225,8 @@ class SftData:
 
     def _pack(self, lists: Sequence[list[Sample]]) -> Iterator[Row]:
         samples = [sample for each in lists for sample in each]
-        packed = pack_samples([len(s.ids) for s in samples], self._config.seq_len + 1)
-        return (fill_row([samples[i] for i in row], self._config.seq_len) for row in packed)
+        packed = pack_samples([len(s.ids) for s in samples], self._config.row_tokens + 1)
+        return (fill_row([samples[i] for i in row], self._config.row_tokens) for row in packed)
 
     def _fingerprint(self, *shard: int) -> str:
         """What a saved position means: the conversations, their order and their tokens."""
@@ -228,7 +234,7 @@ class SftData:
         parts = (
             [side.identity() for side in self._sources],
             config.weights,
-            config.seq_len,
+            self._config.row_tokens,
             config.train_on,
             config.too_long,
             config.shuffle and config.data_seed,
@@ -300,7 +306,7 @@ class _Side:
         return self._conversations.place(int(self._indices[index]))
 
     def _encode(self, index: int) -> tuple[list[Sample], bool]:
-        config, size = self._config, self._config.seq_len + 1
+        config, size = self._config, self._config.row_tokens + 1
         conversation = self.conversation(index)
         try:
             samples = self._template.samples(conversation, config.train_on)

@@ -20,7 +20,7 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.convert.sidecars import copy_sidecars
 from deepseek_jax.data import chat
 from deepseek_jax.data.chat import ChatTemplate
-from deepseek_jax.data.sft import ConversationConfig, SftData, Survey, epoch_steps
+from deepseek_jax.data.sft import ROW, ConversationConfig, SftData, Survey, epoch_steps
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.generate import Sampling, complete
 from deepseek_jax.model.transformer import DeepSeekV3
@@ -108,10 +108,10 @@ def sft(config: SftConfig) -> SftResult | None:
         raise UserError("fine-tuning starts from weights: name a run or a folder with --init.")
     config.lora.check(config.remat)
     model_config = model_of(source)
-    config = _within_context(config, model_config)
+    config = _with_rows(config, model_config)
     data_config = config.conversations
     mesh = sharding.make_mesh(config.mesh)
-    feed = divide_batch(config.loop.rows, data_config.seq_len, mesh)
+    feed = divide_batch(config.loop.rows, data_config.row_tokens, mesh)
     config.parallel.check_rows(config.loop.rows // sharding.batch_shards(mesh))
     tokenizer = Tokenizer.load(source / "tokenizer.json")
     check_vocabulary(tokenizer, model_config)
@@ -165,7 +165,7 @@ def sft(config: SftConfig) -> SftResult | None:
             open_stream=data.train_batches,
             streams=data_config.streams,
             eval_batches=data.eval_batches,
-            seq_len=data_config.seq_len,
+            seq_len=data_config.row_tokens,
             fresh_state=functools.partial(start, tx),
             claim=claim_all,
             sample=answers if config.samples else None,
@@ -179,10 +179,12 @@ def in_mtp(params: Params) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: path[0].key.startswith("mtp"), params)
 
 
-def _within_context(config: SftConfig, model: ModelConfig) -> SftConfig:
-    """With rows that are no longer than the model's context: no sample can be, either."""
-    talks = config.conversations
-    seq_len = min(talks.seq_len, model.max_position_embeddings)
+def _with_rows(config: SftConfig, model: ModelConfig) -> SftConfig:
+    """With rows as long as is asked, or as the model's context lets them be."""
+    context, talks = model.max_position_embeddings, config.conversations
+    seq_len = talks.seq_len or min(ROW, context)
+    if seq_len > context:
+        raise UserError(f"seq_len={seq_len} exceeds the model's context of {context}; lower it.")
     return dataclasses.replace(config, conversations=dataclasses.replace(talks, seq_len=seq_len))
 
 
