@@ -34,7 +34,7 @@ from deepseek_jax.model.dispatch import ExpertParallel
 from deepseek_jax.plan import training_flops_per_token
 from deepseek_jax.report.hardware import peak_flops
 from deepseek_jax.train import optim
-from deepseek_jax.train.loop import divide_batch
+from deepseek_jax.train.loop import compiler_options, divide_batch
 from deepseek_jax.train.losses import pretrain_loss
 from deepseek_jax.train.step import init_state, make_train_step, state_shardings
 from deepseek_jax.types import TrainState
@@ -42,7 +42,6 @@ from deepseek_jax.types import TrainState
 QUICK: dict[str, Any] = {
     "xla_gpu_autotune_level": 0,
     "xla_gpu_enable_triton_gemm": False,
-    "xla_gpu_enable_dynamic_slice_fusion": False,  # as in training
 }
 HIDDEN = {"xla_gpu_enable_latency_hiding_scheduler": True}
 LIMIT = np.float32(np.inf)
@@ -92,6 +91,10 @@ def variants(gpus: int) -> list[Variant]:
         v3(everywhere, parallel=ragged),
         v3(everywhere, "fp8", halves, PEER | HIDDEN, note=", latency-hiding scheduler"),
         Variant("v3 same", everywhere, parallel=ragged),
+        v3("fsdp=2,expert=-1", parallel=ragged),
+        v3("fsdp=2,expert=-1", "fp8", ragged),
+        v3("data=2,expert=-1", parallel=ragged),
+        v3("data=2,expert=-1", "fp8", ragged),
         lite(f"fsdp={gpus}"),
         lite("fsdp=2,expert=-1", parallel=ragged),
         lite("data=2,expert=-1", parallel=ragged),
@@ -110,7 +113,8 @@ def slice_of(variant: Variant) -> ModelConfig:
     """Layers, experts and vocabulary that one GPU holds beside its optimizer's state."""
     if variant.slice == "v2_lite":
         return preset("v2_lite").replace(num_hidden_layers=4)
-    experts = 16 * (variant.gpus() if variant.slice == "v3" else 1)
+    mesh = sharding.make_mesh(variant.mesh, jax.devices()[: variant.gpus()])
+    experts = 16 * (mesh.shape["expert"] if variant.slice == "v3" else 1)
     return preset("v3").replace(
         num_hidden_layers=3,
         first_k_dense_replace=1,
@@ -161,7 +165,7 @@ class Setup:
         """Both programs."""
         start = time.perf_counter()
         self.init = self.lowered_init.compile()
-        options: dict[str, Any] = QUICK | self.variant.options
+        options = compiler_options(self.mesh) | QUICK | self.variant.options
         self.step = self.lowered_step.compile(compiler_options=options)
         self.compile_s = time.perf_counter() - start
         return self

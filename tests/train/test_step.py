@@ -2,6 +2,8 @@
 
 import functools
 import re
+import types
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ from benchmarks import profile_parts
 from deepseek_jax import Batch, DeepSeekV3, sharding
 from deepseek_jax.config import FLOAT32
 from deepseek_jax.train import optim
-from deepseek_jax.train.loop import divide_batch
+from deepseek_jax.train.loop import compiler_options, divide_batch
 from deepseek_jax.train.losses import pretrain_loss
 from deepseek_jax.train.step import (
     init_state,
@@ -118,6 +120,21 @@ def test_a_bad_step_changes_nothing(reason):
     after, metrics = step(state, batch, limit)
     assert int(metrics["skipped"]) == 1
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), jax.device_get(after))
+
+
+@pytest.mark.parametrize(("fraction", "percent"), [("", 94), (".92", 115)])
+def test_xla_plans_with_the_memory_that_the_process_may_take(monkeypatch, fraction, percent):
+    monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION", raising=False)
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", fraction)
+
+    def options(platform):
+        device = types.SimpleNamespace(platform=platform, process_index=0)
+        mesh = mock.create_autospec(jax.sharding.Mesh, instance=True)
+        mesh.devices, mesh.shape = np.array([device]), {"data": 1}
+        return compiler_options(mesh)
+
+    assert options("gpu")["xla_gpu_memory_limit_slop_factor"] == percent
+    assert not any("memory" in name for name in options("tpu") | options("cpu"))
 
 
 def test_violation_is_zero_when_balanced():
