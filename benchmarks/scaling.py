@@ -19,6 +19,7 @@ import argparse
 import concurrent.futures
 import functools
 import os
+import re
 import time
 import traceback
 from typing import Any, NamedTuple, get_args
@@ -26,6 +27,7 @@ from typing import Any, NamedTuple, get_args
 import jax
 import numpy as np
 
+from benchmarks import profile_parts
 from benchmarks.expert_parallel import NCCL, PEER
 from benchmarks.timing import deadline
 from deepseek_jax import Batch, DeepSeekV3, ModelConfig, preset, sharding
@@ -212,8 +214,20 @@ class Alone(NamedTuple):
     bias_LE: np.ndarray
 
 
-def run(setup: Setup, seconds: float, alone: dict[str, Alone]) -> None:
-    """Check, time, print."""
+def profile(setup: Setup, state: TrainState, batch: Any, directory: str) -> None:
+    """Where two more steps go, milliseconds of one GPU by part of the model."""
+    kept = os.path.join(directory, re.sub(r"\W+", "_", setup.variant.name()))
+    steps = 2
+    with jax.profiler.trace(kept):
+        for _ in range(steps):
+            state, metrics = setup.step(state, batch, LIMIT)
+            float(metrics["loss"])
+    found = profile_parts.ops(kept, setup.step.as_text() or "")
+    print(profile_parts.table(found, steps * setup.gpus, 40), flush=True)
+
+
+def run(setup: Setup, seconds: float, alone: dict[str, Alone], directory: str = "") -> None:
+    """Check, time, print; profile where a directory is named."""
     variant, gpus = setup.variant, setup.gpus
     key = f"{variant.slice.split()[0]} {variant.matmuls}"
     checked = variant.slice != "v3" or gpus == 1
@@ -264,6 +278,8 @@ def run(setup: Setup, seconds: float, alone: dict[str, Alone]) -> None:
         f"losses {', '.join(f'{x:.5f}' for x in same)}; {'; '.join(notes)}",
         flush=True,
     )
+    if directory:
+        profile(setup, state, batch, directory)
 
 
 def main() -> None:
@@ -277,7 +293,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=170, help="start nothing later than this")
     parser.add_argument("--compilers", type=int, default=16)
     parser.add_argument("--after", help="a file: compile at once, but run when it is there")
+    parser.add_argument("--profile", default="", help="a folder for a profile (xprof) of each")
     arguments = parser.parse_args()
+    if arguments.profile:
+        profile_parts.keep_names()
     began = time.perf_counter()
     print(
         f"{jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}", flush=True
@@ -312,7 +331,8 @@ def main() -> None:
                 print(f"{variant.name()}: no time left", flush=True)
                 continue
             try:
-                run(done.result(timeout=max(left(), 1)), left(), alone)
+                setup = done.result(timeout=max(left(), 1))
+                run(setup, left(), alone, arguments.profile)
             except Exception as failure:
                 print(
                     f"{variant.name()}: {type(failure).__name__}: {str(failure)[:600]}", flush=True
