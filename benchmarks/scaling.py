@@ -111,12 +111,11 @@ def variants(gpus: int) -> list[Variant]:
     return found if gpus > 2 else [v for v in found if v.devices != 2 and "=2," not in v.mesh]
 
 
-def slice_of(variant: Variant) -> ModelConfig:
-    """Layers, experts and vocabulary that one GPU holds beside its optimizer's state."""
-    if variant.slice == "v2_lite":
+def slice_of(name: str, parts: int) -> ModelConfig:
+    """Layers, vocabulary and experts, in so many parts, that one GPU holds beside its optimizer."""
+    if name == "v2_lite":
         return preset("v2_lite").replace(num_hidden_layers=4)
-    mesh = sharding.make_mesh(variant.mesh, jax.devices()[: variant.gpus()])
-    experts = 16 * (mesh.shape["expert"] if variant.slice == "v3" else 1)
+    experts = 16 * (parts if name == "v3" else 1)
     return preset("v3").replace(
         num_hidden_layers=3,
         first_k_dense_replace=1,
@@ -132,9 +131,9 @@ class Setup:
     """A variant's programs, traced; ``compile`` is for another thread."""
 
     def __init__(self, variant: Variant, rows: int, seq: int, remat: Any, devices: list[Any]):
-        self.variant, self.config = variant, slice_of(variant)
-        self.rows, self.seq, self.gpus = rows, seq, variant.gpus()
+        self.variant, self.rows, self.seq, self.gpus = variant, rows, seq, variant.gpus()
         self.mesh = sharding.make_mesh(variant.mesh, devices[: self.gpus])
+        self.config = slice_of(variant.slice, self.mesh.shape["expert"])
         sharding.GPU_PIECES = variant.pieces
         precision = Precision(matmuls=variant.matmuls)
         model = DeepSeekV3(self.config, precision, remat, variant.parallel, whole_rows=True)
