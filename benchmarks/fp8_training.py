@@ -247,7 +247,7 @@ def _count(jaxpr: Any, within: str, times: int, found: collections.Counter[str])
             any_kernel = True
             continue
         inner = times * eqn.params["length"] if primitive == "scan" else times
-        quantization = name.startswith(("quantize_", "swiglu_quantize"))
+        quantization = name.startswith(("quantize_", "swiglu_"))
         kernel = False
         for sub in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr):
             if _is_jaxpr(sub):

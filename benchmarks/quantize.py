@@ -69,6 +69,10 @@ def main():
             jnp.asarray(sizes_of_groups(32, shape[0], 0.5), jnp.int32), shape[0]
         )
         grouped = [(*x, tiles) for x in inputs]
+        gradients = [
+            (quantize.quantize_tiles(*pair), *x, x[0][:, 0], tiles)
+            for pair, x in zip(pairs, inputs, strict=True)
+        ]
         for impl, name in _implementations(arguments.no_xla):
             of_impl = functools.partial(functools.partial, impl=impl)
             rows = of_impl(quantize.quantize_tiles)
@@ -78,8 +82,10 @@ def main():
             both = of_impl(quantize.quantize_tiles_both)
             _row(f"rows and columns, {name}", both, inputs, copy_rate)
             _row(f"rows and columns, 32 groups, {name}", both, grouped, copy_rate)
-            swiglu = of_impl(quantize.swiglu_quantize_tiles_both)
-            _row(f"SwiGLU, rows and columns, {name}", swiglu, pairs, copy_rate)
+            swiglu = of_impl(quantize.swiglu_quantize_tiles)
+            _row(f"SwiGLU, rows, {name}", swiglu, pairs, copy_rate)
+            gradient = of_impl(quantize.swiglu_gradient_quantize_tiles)
+            _row(f"SwiGLU's gradient, 32 groups, {name}", gradient, gradients, copy_rate)
             blocks = of_impl(quantize.quantize_blocks_both)
             _row(f"128x128 blocks, both ways, {name}", blocks, inputs, copy_rate)
 

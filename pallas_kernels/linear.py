@@ -23,13 +23,14 @@ FP32 are quantized from FP32 and get an FP32 gradient.
 Weights that multiply one x may be given together, as those of ``gate`` and ``up`` in a feed-forward
 network are: x is then quantized once, and the products with all of them are one.
 
-The down projection of a feed-forward network takes ``gate`` and ``up`` instead of x, so that
-``silu(gate) * up`` never reaches memory: it is quantized where it is computed, in the forward pass
-along one axis, and again in the backward pass along the other, from the inputs in FP8 (the paper
-recomputes it likewise).
+A feed-forward network is one function, `fp8_swiglu_ffn`, so that what lies between its products
+never reaches memory in more than FP8: ``silu(gate) * up`` is quantized where it is computed, in the
+forward pass along one axis, and again in the backward pass along the other, from its inputs in FP8
+(the paper recomputes it likewise), in the same pass over them in which their gradient is computed
+and quantized along both.
 
-The gradient of what experts return may come quantized, too, as it is sent to them (section 3.3.3):
-`fp8_grouped_swiglu_linear_returned`.
+Experts' tokens may come quantized, and the gradient of what they return, too, as both are sent to
+them (section 3.3.3): `fp8_grouped_swiglu_ffn` and `fp8_grouped_swiglu_ffn_returned`.
 
 What stays in higher precision is the caller's choice: in V3 the embedding, the output head, the
 router, norms and the core of attention (section 3.3.1).
@@ -37,7 +38,7 @@ router, norms and the core of attention (section 3.3.1).
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,10 +55,11 @@ from pallas_kernels.quantize import (
     quantize_tiles_both,
     ragged_tiles,
     requantize_tiles,
+    swiglu_gradient_quantize_tiles,
     swiglu_quantize_tiles,
     transpose_blocks,
 )
-from pallas_kernels.reference import E4M3, TILE, Quantized, dequantize, swiglu
+from pallas_kernels.reference import E4M3, TILE, Quantized, RaggedTiles
 
 Impl = Literal["auto", "hopper", "tpu", "reference"]
 Weights = jax.Array | Quantized | tuple[jax.Array | Quantized, ...]
@@ -88,10 +90,9 @@ def fp8_linear(
 
 def fp8_grouped_linear(
     x_MK: Float[Array, "M K"],
-    w_GKN: Float[Array, "G K _"] | Quantized | tuple[Float[Array, "G K _"] | Quantized, ...],
+    w_GKN: Float[Array, "G K N"] | Quantized,
     group_sizes_G: Int[Array, "G"],
     *,
-    quantized: Quantized | None = None,
     impl: Impl = "auto",
 ) -> Float[Array, "M N"]:
     """`grouped_matmul` with the forward product and both gradients in FP8.
@@ -99,67 +100,95 @@ def fp8_grouped_linear(
     Args:
         x_MK: rows in group order; those past the last group are padding, of zero result and
             gradient, which affects nothing.
-        w_GKN: one matrix per group; or values with block scales; or several, as in `fp8_linear`.
+        w_GKN: one matrix per group; or values with block scales.
         group_sizes_G: rows of each group, 0 allowed; the sum may be less than M.
-        quantized: ``x_MK`` in 1x128 tiles, where it is quantized already, as tokens are that were
-            sent in FP8. Then ``x_MK`` itself is not read; it says in which dtype the result and
-            its own gradient are. Scales should be powers of two (see `requantize_tiles`).
         impl: of the products; ``hopper`` needs bfloat16 activations, and, like ``tpu``, K and N
             that are multiples of 128. ``reference`` does G times the work.
 
     Returns:
         ``[M, N]`` in the dtype of ``x``.
     """
-    if _one_by_one(w_GKN):
-        layer = functools.partial(fp8_grouped_linear, quantized=quantized, impl=impl)
-        return jnp.concatenate([layer(x_MK, w, group_sizes_G) for w in w_GKN], axis=1)
-    return _grouped(*backend.varying_alike(x_MK, w_GKN, group_sizes_G, quantized), impl)
+    return _grouped(*backend.varying_alike(x_MK, w_GKN, group_sizes_G), impl)
 
 
-def fp8_swiglu_linear(
-    gate_up_MF: Float[Array, "M F"], w_KN: Float[Array, "K N"] | Quantized, *, impl: Impl = "auto"
-) -> Float[Array, "M N"]:
-    """`fp8_linear` of ``silu(gate) * up``, which is recomputed in the backward pass.
-
-    ``gate`` and ``up`` are the halves of ``gate_up_MF``.
-    """
-    return _swiglu_linear(*backend.varying_alike(gate_up_MF, w_KN), impl)
-
-
-def fp8_grouped_swiglu_linear(
-    gate_up_MF: Float[Array, "M F"],
-    factors_M: Float[Array, "M"],
-    w_GKN: Float[Array, "G K N"] | Quantized,
-    group_sizes_G: Int[Array, "G"],
+def fp8_swiglu_ffn(
+    x_MD: Float[Array, "M D"],
+    w1_DF: Float[Array, "D F"] | Quantized,
+    w3_DF: Float[Array, "D F"] | Quantized,
+    w2_FD: Float[Array, "F N"] | Quantized,
     *,
     impl: Impl = "auto",
 ) -> Float[Array, "M N"]:
-    """`fp8_grouped_linear` of ``factor * silu(gate) * up``, recomputed in the backward pass.
+    """``(silu(x @ w1) * (x @ w3)) @ w2`` (Shazeer, 2020), products and gradients as `fp8_linear`'s.
 
-    The factors are the experts' gates (V3 Eq. 12): the product is linear, and multiplied where it
-    is made they cost no pass over the output.
+    Args:
+        x_MD: activations.
+        w1_DF: gate's weight, usually the FP32 master copy; or values with block scales.
+        w3_DF: up's.
+        w2_FD: of the product of both.
+        impl: as in `fp8_linear`.
+
+    Returns:
+        ``[M, N]`` in the dtype of ``x``.
     """
-    args = backend.varying_alike(gate_up_MF, factors_M, w_GKN, group_sizes_G)
-    return _swiglu_grouped(*args, impl, False)[0]
+    x_MD, weights = backend.varying_alike(x_MD, _FfnWeights(w1_DF, w3_DF, w2_FD))
+    return _ffn(x_MD, None, weights, None, None, impl, False)[0]
 
 
-def fp8_grouped_swiglu_linear_returned(
-    gate_up_MF: Float[Array, "M F"],
+def fp8_grouped_swiglu_ffn(
+    x_MD: Float[Array, "M D"],
     factors_M: Float[Array, "M"],
-    w_GKN: Float[Array, "G K N"] | Quantized,
+    w1_GDF: Float[Array, "G D F"] | Quantized,
+    w3_GDF: Float[Array, "G D F"] | Quantized,
+    w2_GFD: Float[Array, "G F N"] | Quantized,
     group_sizes_G: Int[Array, "G"],
     *,
+    quantized: Quantized | None = None,
+    impl: Impl = "auto",
+) -> Float[Array, "M N"]:
+    """``factor * FFN(x)``, `fp8_swiglu_ffn` with matrices per group of rows.
+
+    The factors are the experts' gates (V3 Eq. 12): the last product is linear, and multiplied
+    before it they cost no pass over the output.
+
+    Args:
+        x_MD: as in `fp8_grouped_linear`.
+        factors_M: of each row.
+        w1_GDF: gate's matrix per group; or values with block scales.
+        w3_GDF: up's.
+        w2_GFD: of the product of both.
+        group_sizes_G: as in `fp8_grouped_linear`.
+        quantized: ``x_MD`` in 1x128 tiles, where it is quantized already, as tokens are that were
+            sent in FP8. Then ``x_MD`` itself is not read; it says in which dtype the result and
+            its own gradient are. Scales should be powers of two (see `requantize_tiles`).
+        impl: as in `fp8_grouped_linear`.
+    """
+    weights = _FfnWeights(w1_GDF, w3_GDF, w2_GFD)
+    args = backend.varying_alike(x_MD, factors_M, weights, group_sizes_G, quantized)
+    return _ffn(*args, impl, False)[0]
+
+
+def fp8_grouped_swiglu_ffn_returned(
+    x_MD: Float[Array, "M D"],
+    factors_M: Float[Array, "M"],
+    w1_GDF: Float[Array, "G D F"] | Quantized,
+    w3_GDF: Float[Array, "G D F"] | Quantized,
+    w2_GFD: Float[Array, "G F N"] | Quantized,
+    group_sizes_G: Int[Array, "G"],
+    *,
+    quantized: Quantized | None = None,
     impl: Impl = "auto",
 ) -> tuple[Float[Array, "M N"], Quantized]:
-    """`fp8_grouped_swiglu_linear` for a gradient that is in FP8 when it comes.
+    """`fp8_grouped_swiglu_ffn` for a gradient that is in FP8 when it comes.
 
     The second result is the way by which it comes. It holds zeros, which nobody need read; what
     autodiff takes for *its* gradient must be that of the first result, in 1x128 tiles along N, with
     scales that are powers of two (see `requantize_tiles`). The gradient of the first result itself
     is not read.
     """
-    args = backend.varying_alike(gate_up_MF, factors_M, w_GKN, group_sizes_G)
-    return _swiglu_grouped(*args, impl, True)
+    weights = _FfnWeights(w1_GDF, w3_GDF, w2_GFD)
+    args = backend.varying_alike(x_MD, factors_M, weights, group_sizes_G, quantized)
+    return _ffn(*args, impl, True)
 
 
 def as_bytes(values: Float[Array, "..."]) -> UInt8[Array, "..."]:
@@ -203,16 +232,16 @@ def _quantized_weight(w: Weights, impl: Impl) -> tuple[Quantized, Quantized]:
     return quantize_blocks_both(w, impl=_quantizer(impl))
 
 
-def _quantized_input(x_MK, w: Weights, tiles, impl: Impl) -> tuple[Quantized, Quantized | None]:
+def _trained(*ws: Weights) -> bool:
+    """Whether any of them has a gradient."""
+    return not all(isinstance(w, Quantized) for w in ws)
+
+
+def _quantized_input(x_MK, trained: bool, tiles, impl: Impl) -> tuple[Quantized, Quantized | None]:
     """By row for the forward product, by column for the weight's gradient, where it has one."""
-    if isinstance(w, Quantized):
+    if not trained:
         return quantize_tiles(x_MK, impl=_quantizer(impl)), None
     return quantize_tiles_both(x_MK, tiles, impl=_quantizer(impl))
-
-
-def _kept_gate_up(gate_up_MF: jax.Array, impl: Impl) -> Quantized:
-    """SwiGLU's inputs as the backward pass gets them."""
-    return _named(quantize_tiles(gate_up_MF, impl=_quantizer(impl)), "fp8_gate_up")
 
 
 def _like(w: Weights) -> Any:
@@ -220,14 +249,23 @@ def _like(w: Weights) -> Any:
     return None if isinstance(w, Quantized) else jax.tree.map(lambda part: part[..., :0, :], w)
 
 
-def _wgrads(product: Callable[..., jax.Array], dy: Quantized, like: Any) -> Any:
+def _wgrad(
+    product: Callable[..., jax.Array], x: Quantized | None, dy: Quantized | None, like: Any
+) -> Any:
+    """A weight's gradient, by the quantized transposes of x and dy, where it has one."""
+    return None if like is None else product(x, dy, out_dtype=like.dtype)
+
+
+def _wgrads(
+    product: Callable[..., jax.Array], x: Quantized | None, dy: Quantized, like: Any
+) -> Any:
     """The gradient of each weight by its own rows of the quantized transpose of dy."""
     parts, tree = jax.tree.flatten(like)
     grads, first = [], 0
     for part in parts:
         own = slice(first, first + part.shape[-1])
         columns = Quantized(dy.values[own], dy.scale[:, own])
-        grads.append(product(columns, out_dtype=part.dtype))
+        grads.append(_wgrad(product, x, columns, part))
         first = own.stop
     return jax.tree.unflatten(tree, grads)
 
@@ -238,7 +276,7 @@ def _linear(x_MK: jax.Array, w_KN: Weights, impl: Impl) -> jax.Array:
 
 
 def _linear_fwd(x_MK, w_KN, impl):
-    x, x_transposed = _quantized_input(x_MK, w_KN, None, impl)
+    x, x_transposed = _quantized_input(x_MK, _trained(w_KN), None, impl)
     w, w_transposed = _quantized_weight(w_KN, impl)
     y_MN = fp8_matmul(x, w_transposed, out_dtype=x_MK.dtype, impl=impl)
     like = x_MK[:0], _like(w_KN)
@@ -249,123 +287,139 @@ def _linear_bwd(impl, residuals, dy_MN):
     x_transposed, w, (like_x, like_w) = residuals
     dy = quantize_tiles_both(dy_MN, impl=_quantizer(impl))
     dx_MK = fp8_matmul(dy.by_row, w, out_dtype=like_x.dtype, impl=impl)
-    wgrad = functools.partial(fp8_matmul, x_transposed, impl=impl)
-    return dx_MK, _wgrads(wgrad, dy.by_column, like_w)
+    wgrad = functools.partial(fp8_matmul, impl=impl)
+    return dx_MK, _wgrads(wgrad, x_transposed, dy.by_column, like_w)
 
 
 _linear.defvjp(_linear_fwd, _linear_bwd)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _grouped(
-    x_MK: jax.Array, w_GKN: Weights, sizes_G: jax.Array, quantized: Quantized | None, impl: Impl
-):
-    return _grouped_fwd(x_MK, w_GKN, sizes_G, quantized, impl)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _grouped(x_MK: jax.Array, w_GKN: jax.Array | Quantized, sizes_G: jax.Array, impl: Impl):
+    return _grouped_fwd(x_MK, w_GKN, sizes_G, impl)[0]
 
 
-def _grouped_fwd(x_MK, w_GKN, sizes_G, quantized, impl):
-    if quantized is None:
-        tiles = ragged_tiles(sizes_G, x_MK.shape[0])
-        x, x_transposed = _quantized_input(x_MK, w_GKN, tiles, impl)
-    else:
-        x, x_transposed = quantized, None
+def _grouped_fwd(x_MK, w_GKN, sizes_G, impl):
+    tiles = ragged_tiles(sizes_G, len(x_MK))
+    x, x_transposed = _quantized_input(x_MK, _trained(w_GKN), tiles, impl)
     w, w_transposed = _quantized_weight(w_GKN, impl)
     y_MN = fp8_grouped_matmul(x, w_transposed, sizes_G, out_dtype=x_MK.dtype, impl=impl)
-    # What came quantized is turned round in the backward pass, and its name is the caller's affair.
-    rows = None
-    if quantized is not None and not isinstance(w_GKN, Quantized):
-        rows = as_bytes(quantized.values), quantized.scale
-    kept = rows, _named(x_transposed, "fp8_input"), _named(w, "fp8_weight")
+    kept = _named(x_transposed, "fp8_input"), _named(w, "fp8_weight")
     return y_MN, (*kept, sizes_G, (x_MK[:0], _like(w_GKN)))
 
 
 def _grouped_bwd(impl, residuals, dy_MN):
-    rows, x_transposed, w, sizes_G, (like_x, like_w) = residuals
-    tiles = ragged_tiles(sizes_G, dy_MN.shape[0])
+    x_transposed, w, sizes_G, (like_x, like_w) = residuals
+    tiles = ragged_tiles(sizes_G, len(dy_MN))
     dy = quantize_tiles_both(dy_MN, tiles, impl=_quantizer(impl))
     dx_MK = fp8_grouped_matmul(dy.by_row, w, sizes_G, out_dtype=like_x.dtype, impl=impl)
-    if rows is not None:
-        q = Quantized(from_bytes(rows[0]), rows[1])
-        x_transposed = requantize_tiles(q, tiles, impl=_quantizer(impl))
-    wgrad = functools.partial(fp8_grouped_wgrad, x_transposed, tiles=tiles, impl=impl)
-    return dx_MK, _wgrads(wgrad, dy.by_column, like_w), None, None
+    wgrad = functools.partial(fp8_grouped_wgrad, tiles=tiles, impl=impl)
+    return dx_MK, _wgrad(wgrad, x_transposed, dy.by_column, like_w), None
 
 
 _grouped.defvjp(_grouped_fwd, _grouped_bwd)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _swiglu_linear(gate_up_MF: jax.Array, w_KN: jax.Array | Quantized, impl: Impl):
-    return _swiglu_linear_fwd(gate_up_MF, w_KN, impl)[0]
+class _FfnWeights(NamedTuple):
+    """Of a feed-forward network; or what there is of each, such as its gradient."""
+
+    w1: Any
+    w3: Any
+    w2: Any
 
 
-def _swiglu_linear_fwd(gate_up_MF, w_KN, impl):
-    h = swiglu_quantize_tiles(gate_up_MF, impl=_quantizer(impl))
-    w, w_transposed = _quantized_weight(w_KN, impl)
-    y_MN = fp8_matmul(h, w_transposed, out_dtype=gate_up_MF.dtype, impl=impl)
-    kept = _kept_gate_up(gate_up_MF, impl), _named(w, "fp8_weight")
-    return y_MN, (*kept, (gate_up_MF[:0], _like(w_KN)))
+class _Products(NamedTuple):
+    """The products of a layer: of all rows with one matrix, or by group with a matrix each."""
+
+    sizes_G: jax.Array | None
+    tiles: RaggedTiles | None
+    impl: Impl
+
+    def rows(self, x: Quantized, w: Quantized, dtype: Any) -> jax.Array:
+        """Each row times the transpose of its matrix."""
+        if self.sizes_G is None:
+            return fp8_matmul(x, w, out_dtype=dtype, impl=self.impl)
+        return fp8_grouped_matmul(x, w, self.sizes_G, out_dtype=dtype, impl=self.impl)
+
+    def wgrad(self, x: Quantized, dy: Quantized, *, out_dtype: Any) -> jax.Array:
+        """The gradient of the matrices, by the quantized transposes of x and dy."""
+        if self.tiles is None:
+            return fp8_matmul(x, dy, out_dtype=out_dtype, impl=self.impl)
+        return fp8_grouped_wgrad(x, dy, self.tiles, out_dtype=out_dtype, impl=self.impl)
 
 
-def _swiglu_linear_bwd(impl, residuals, dy_MN):
-    gate_up, w, (like_x, like_w) = residuals
-    gate_up_MF = dequantize(gate_up).astype(like_x.dtype)
-    dy = quantize_tiles_both(dy_MN, impl=_quantizer(impl))
-    dh_MK = fp8_matmul(dy.by_row, w, out_dtype=gate_up_MF.dtype, impl=impl)
-    h = swiglu_quantize_tiles(gate_up, axis=0, impl=_quantizer(impl))
-    dw_KN = _wgrads(functools.partial(fp8_matmul, h, impl=impl), dy.by_column, like_w)
-    return *jax.vjp(swiglu, gate_up_MF)[1](dh_MK), dw_KN
+def _products(sizes_G: jax.Array | None, rows: int, impl: Impl) -> _Products:
+    return _Products(sizes_G, None if sizes_G is None else ragged_tiles(sizes_G, rows), impl)
 
 
-_swiglu_linear.defvjp(_swiglu_linear_fwd, _swiglu_linear_bwd)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _swiglu_grouped(
-    gate_up_MF: jax.Array,
-    factors_M: jax.Array,
-    w_GKN: jax.Array | Quantized,
-    sizes_G: jax.Array,
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _ffn(
+    x_MD: jax.Array,
+    factors_M: jax.Array | None,
+    weights: _FfnWeights,
+    sizes_G: jax.Array | None,
+    quantized: Quantized | None,
     impl: Impl,
     returned: bool,
 ) -> tuple[jax.Array, Quantized]:
-    """The product, and the way by which its gradient comes if it is ``returned`` in FP8."""
-    return _swiglu_grouped_fwd(gate_up_MF, factors_M, w_GKN, sizes_G, impl, returned)[0]
+    """The network, and the way by which its gradient comes if it is ``returned`` in FP8."""
+    return _ffn_fwd(x_MD, factors_M, weights, sizes_G, quantized, impl, returned)[0]
 
 
-def _swiglu_grouped_fwd(gate_up_MF, factors_M, w_GKN, sizes_G, impl, returned):
-    tiles = ragged_tiles(sizes_G, gate_up_MF.shape[0])
-    h = swiglu_quantize_tiles(gate_up_MF, factors_M, tiles, impl=_quantizer(impl))
-    w, w_transposed = _quantized_weight(w_GKN, impl)
-    y_MN = fp8_grouped_matmul(h, w_transposed, sizes_G, out_dtype=gate_up_MF.dtype, impl=impl)
-    kept = _kept_gate_up(gate_up_MF, impl), factors_M, _named(w, "fp8_weight"), sizes_G
+def _ffn_fwd(x_MD, factors_M, weights, sizes_G, quantized, impl, returned):
+    products = _products(sizes_G, len(x_MD), impl)
+    first = weights.w1, weights.w3
+    trained = _trained(*first)
+    if quantized is None:
+        x, x_transposed = _quantized_input(x_MD, trained, products.tiles, impl)
+    else:
+        x, x_transposed = quantized, None
+    both = [_quantized_weight(w, impl) for w in (first if _one_by_one(first) else (first,))]
+    gate_up = [products.rows(x, transposed, x_MD.dtype) for _, transposed in both]
+    gate_up_MF = jnp.concatenate(gate_up, axis=1)
+    h = swiglu_quantize_tiles(gate_up_MF, factors_M, products.tiles, impl=_quantizer(impl))
+    w2, w2_transposed = _quantized_weight(weights.w2, impl)
+    y_MN = products.rows(h, w2_transposed, x_MD.dtype)
+    # What came quantized is turned round in the backward pass, and its name is the caller's affair.
+    rows = None
+    if quantized is not None and trained:
+        rows = as_bytes(quantized.values), quantized.scale
+    kept = rows, _named(x_transposed, "fp8_input")
+    kept_weights = _named(([w for w, _ in both], w2), "fp8_weight")
+    kept_gate_up = _named(quantize_tiles(gate_up_MF, impl=_quantizer(impl)), "fp8_gate_up")
     M, N = y_MN.shape
     way = Quantized(jnp.zeros((M, N), E4M3), jnp.zeros((-(-N // TILE), M), jnp.float32))
-    return (y_MN, way), (*kept, (gate_up_MF[:0], _like(w_GKN)))
+    like = x_MD[:0], _FfnWeights(*map(_like, weights))
+    return (y_MN, way), (*kept, kept_gate_up, factors_M, kept_weights, sizes_G, like)
 
 
-def _swiglu_grouped_bwd(impl, returned, residuals, gradients):
-    gate_up, factors_M, w, sizes_G, (like_x, like_w) = residuals
-    gate_up_MF = dequantize(gate_up).astype(like_x.dtype)
+def _ffn_bwd(impl, returned, residuals, gradients):
+    rows, x_transposed, gate_up, factors_M, (ws, w2), sizes_G, (like_x, like) = residuals
     dy_MN, dy = gradients
-    tiles = ragged_tiles(sizes_G, len(dy_MN))
-    quantizer = _quantizer(impl)
+    products, quantizer = _products(sizes_G, len(dy_MN), impl), _quantizer(impl)
+    tiles, dtype = products.tiles, like_x.dtype
     if returned:
         dy = BothWays(dy, requantize_tiles(dy, tiles, impl=quantizer))
     else:
         dy = quantize_tiles_both(dy_MN, tiles, impl=quantizer)
-    dh_MK = fp8_grouped_matmul(dy.by_row, w, sizes_G, out_dtype=gate_up_MF.dtype, impl=impl)
-    h = swiglu_quantize_tiles(gate_up, factors_M, tiles, axis=0, impl=quantizer)
-    wgrad = functools.partial(fp8_grouped_wgrad, h, tiles=tiles, impl=impl)
-    dw_GKN = _wgrads(wgrad, dy.by_column, like_w)
-    # Where a row is padding, its gradient is zero whatever gate and up hold there.
-    own_M = jnp.arange(len(dy_MN)) < jnp.sum(sizes_G)
-    gate_up_MF = jnp.where(own_M[:, None], gate_up_MF, 0)
-    factors_M = jnp.where(own_M, factors_M, 0)
-    return *jax.vjp(swiglu, gate_up_MF, factors_M)[1](dh_MK), dw_GKN, None
+    dh_MK = products.rows(dy.by_row, w2, dtype)
+    which = dict(apart=len(ws) == 2, by_column=any(w is not None for w in like))
+    inner = swiglu_gradient_quantize_tiles(
+        gate_up, dh_MK, factors_M, tiles, impl=quantizer, **which
+    )
+    dx_MD, *more = (products.rows(d, w, dtype) for d, w in zip(inner.by_row, ws, strict=True))
+    dx_MD = sum(more, dx_MD)
+    dgate, dup, h = inner.by_column or (None, None, None)
+    if rows is not None:
+        q = Quantized(from_bytes(rows[0]), rows[1])
+        x_transposed = requantize_tiles(q, tiles, impl=quantizer)
+    operands = (x_transposed, dgate), (x_transposed, dup), (h, dy.by_column)
+    pairs = zip(operands, like, strict=True)
+    dweights = _FfnWeights(*(_wgrad(products.wgrad, *pair, part) for pair, part in pairs))
+    return dx_MD, inner.factors_M, dweights, None, None
 
 
-_swiglu_grouped.defvjp(_swiglu_grouped_fwd, _swiglu_grouped_bwd)
+_ffn.defvjp(_ffn_fwd, _ffn_bwd)
 
 
 def _named(q, name: str):

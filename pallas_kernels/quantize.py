@@ -21,14 +21,15 @@ __all__ = [
     "BothWays",
     "Quantized",
     "RaggedTiles",
+    "SwigluGradient",
     "quantize_blocks",
     "quantize_blocks_both",
     "quantize_tiles",
     "quantize_tiles_both",
     "ragged_tiles",
     "requantize_tiles",
+    "swiglu_gradient_quantize_tiles",
     "swiglu_quantize_tiles",
-    "swiglu_quantize_tiles_both",
     "transpose_blocks",
 ]
 
@@ -105,15 +106,15 @@ def quantize_tiles_both(
 
 
 @functools.partial(jax.jit, static_argnames=("power_of_two", "impl"))
-def swiglu_quantize_tiles_both(
+def swiglu_quantize_tiles(
     gate_up_MF: Float[Array, "M F"],
     factors_M: Float[Array, "M"] | None = None,
     tiles: RaggedTiles | None = None,
     *,
     power_of_two: bool = False,
     impl: Impl = "auto",
-) -> BothWays:
-    """`quantize_tiles_both` of `reference.swiglu`, which itself never reaches memory.
+) -> Quantized:
+    """`quantize_tiles` of `reference.swiglu`, which itself never reaches memory.
 
     The product is computed in FP32 and rounded to the dtype of its operands before it is quantized,
     so this equals quantizing the result of the separate operation.
@@ -121,41 +122,92 @@ def swiglu_quantize_tiles_both(
     Args:
         gate_up_MF: ``gate`` and ``up`` side by side.
         factors_M: What each row of the product is multiplied by, as an expert's output by its gate.
-        tiles: As in `quantize_tiles_both`.
+        tiles: As in `quantize_tiles_both`; rows of no group hold anything at all.
         power_of_two: Round scales up to powers of two.
         impl: As in `quantize_tiles_both`.
     """
     if _pick(gate_up_MF, tiles, impl, halves=True) == "hopper":
-        options = dict(swiglu=True, factors_M=factors_M, power_of_two=power_of_two)
-        return BothWays(*_hopper(gate_up_MF, tiles, **options))
-    return _reference_both(reference.swiglu(gate_up_MF, factors_M), tiles, power_of_two)
+        options = dict(swiglu=True, by_column=False, power_of_two=power_of_two)
+        return _hopper(gate_up_MF, tiles, factors_M=factors_M, **options)[0]
+    h_MK = reference.swiglu(gate_up_MF, factors_M)
+    return reference.quantize_tiles(h_MK, power_of_two=power_of_two)
 
 
-@functools.partial(jax.jit, static_argnames=("axis", "power_of_two", "impl"))
-def swiglu_quantize_tiles(
-    gate_up_MF: Float[Array, "M F"] | Quantized,
+class SwigluGradient(NamedTuple):
+    """What a backward pass multiplies and sums around a SwiGLU.
+
+    Attributes:
+        by_row: The gradient of ``gate`` and ``up`` with tiles along the last axis, side by side as
+            one matrix, or apart as two.
+        by_column: The quantized transposes, of that of ``gate``, of that of ``up``, and of the
+            product itself, with tiles along the rows; None if not asked for.
+        factors_M: The gradient of the factors; None where there are none.
+    """
+
+    by_row: tuple[Quantized, ...]
+    by_column: tuple[Quantized, ...] | None
+    factors_M: Float[Array, "M"] | None
+
+
+@functools.partial(jax.jit, static_argnames=("apart", "by_column", "impl"))
+def swiglu_gradient_quantize_tiles(
+    gate_up: Quantized,
+    dh_MK: Float[Array, "M K"],
     factors_M: Float[Array, "M"] | None = None,
     tiles: RaggedTiles | None = None,
     *,
-    axis: int = -1,
-    power_of_two: bool = False,
+    apart: bool = False,
+    by_column: bool = True,
     impl: Impl = "auto",
-) -> Quantized:
-    """One of the two results of `swiglu_quantize_tiles_both`: ``by_column`` with ``axis=0``.
+) -> SwigluGradient:
+    """The gradient of ``h = factor * silu(gate) * up``, quantized, and h again, in one pass.
 
-    The inputs may come quantized along the rows, as they are kept for the backward pass (V3 section
-    3.3.3); they are then what `reference.dequantize` makes of them, in bfloat16.
+    With ``s = sigmoid(gate)`` and ``c = factor * dh``:
+
+    * ``dgate = c * up * s * (1 + gate * (1 - s))`` and ``dup = c * silu(gate)``,
+    * ``dfactor = sum_K(dh * silu(gate) * up)``,
+
+    computed in FP32. Both gradients and h are rounded to the dtype of dh before they are quantized,
+    so this equals quantizing the results of the separate operations.
+
+    Args:
+        gate_up: ``[M, 2 K]`` values with tiles along the rows, as they are kept for the backward
+            pass (V3 section 3.3.3); ``gate`` and ``up`` are what `reference.dequantize` makes of
+            the two halves, in the dtype of dh.
+        dh_MK: The gradient of h.
+        factors_M: What each row of the product was multiplied by.
+        tiles: As in `quantize_tiles_both`: rows of no group hold anything at all in ``by_row``, and
+            affect nothing else; the gradient of their factors is zero.
+        apart: Whether ``by_row`` is two matrices, for weights that are not multiplied as one.
+        by_column: Whether weights have gradients, that is, ``by_column`` is needed.
+        impl: As in `quantize_tiles_both`, with columns those of dh.
+
+    Raises:
+        ValueError: if ``hopper`` is asked for what it cannot take.
     """
-    by_row, x_MF, scale = axis % 2 == 1, gate_up_MF, {}
-    if isinstance(gate_up_MF, Quantized):
-        x_MF, scale = gate_up_MF.values, {"scale_kM": gate_up_MF.scale}
-        gate_up_MF = reference.dequantize(gate_up_MF).astype(jnp.bfloat16)
-    if _pick(gate_up_MF, tiles, impl, halves=True) == "hopper":
-        which = dict(by_row=by_row, by_column=not by_row, power_of_two=power_of_two)
-        return _hopper(x_MF, tiles, swiglu=True, factors_M=factors_M, **scale, **which)[0]
-    # The other one is not computed: nothing uses it.
-    both = _reference_both(reference.swiglu(gate_up_MF, factors_M), tiles, power_of_two)
-    return both.by_row if by_row else both.by_column
+    if _pick(dh_MK, tiles, impl) == "hopper":
+        if not _fits(dh_MK, tiles):
+            raise ValueError(f"no kernel for the gradient of SwiGLU, {dh_MK.dtype}{dh_MK.shape}")
+        from pallas_kernels.hopper import swiglu_gradient
+
+        given = _whole(dh_MK.shape[0]) if tiles is None else tiles
+        options = dict(factors_M=factors_M, apart=apart, by_column=by_column)
+        rows, columns, sums_kM = swiglu_gradient.swiglu_gradient(gate_up, dh_MK, given, **options)
+        dfactors_M = None if sums_kM is None else jnp.sum(sums_kM, axis=0)
+    else:
+        gate_up_MF = reference.dequantize(gate_up).astype(dh_MK.dtype)
+        grad_MF, dfactors_M = reference.swiglu_gradient(gate_up_MF, dh_MK, factors_M)
+        halves = jnp.split(grad_MF, 2, axis=1)
+        rows = tuple(reference.quantize_tiles(x) for x in (halves if apart else (grad_MF,)))
+        # Where they are not used, neither are they computed.
+        results = *halves, reference.swiglu(gate_up_MF, factors_M)
+        columns = tuple(_reference_both(x, tiles, False).by_column for x in results)
+    if dfactors_M is not None and factors_M is not None:
+        if tiles is not None:
+            own_M = jnp.arange(len(dh_MK)) < jnp.max(tiles.high_T, initial=0)
+            dfactors_M = jnp.where(own_M, dfactors_M, 0)
+        dfactors_M = dfactors_M.astype(factors_M.dtype)
+    return SwigluGradient(rows, columns if by_column else None, dfactors_M)
 
 
 @functools.partial(jax.jit, static_argnames=("power_of_two", "impl"))
@@ -217,10 +269,13 @@ def _hopper(x, tiles: RaggedTiles | None, *, swiglu: bool = False, **options):
     dtype = reference.E4M3 if "scale_kM" in options else jnp.bfloat16
     if not _fits(x, tiles, halves=swiglu, dtype=dtype):
         raise ValueError(f"no kernel to quantize {x.dtype}{x.shape} along its first axis")
-    if tiles is None:
-        rows = x.shape[0]
-        tiles = ragged_tiles(jnp.full((1,), rows, jnp.int32), rows)
+    tiles = _whole(x.shape[0]) if tiles is None else tiles
     return quantize_both.quantize_both(x, tiles, swiglu=swiglu, **options)
+
+
+def _whole(rows: int) -> RaggedTiles:
+    """The tiles of rows of a single group."""
+    return ragged_tiles(jnp.full((1,), rows, jnp.int32), rows)
 
 
 @functools.partial(jax.jit, static_argnames="power_of_two")

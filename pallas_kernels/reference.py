@@ -164,6 +164,17 @@ def swiglu(
     return out.astype(gate_up_MF.dtype)
 
 
+def swiglu_gradient(
+    gate_up_MF: Float[Array, "M F"],
+    dh_MK: Float[Array, "M K"],
+    factors_M: Float[Array, "M"] | None = None,
+) -> tuple[Float[Array, "M F"], Float[Array, "M"] | None]:
+    """The gradient of `swiglu`, by its inputs and by the factors, where there are any."""
+    if factors_M is None:
+        return *jax.vjp(swiglu, gate_up_MF)[1](dh_MK), None
+    return jax.vjp(swiglu, gate_up_MF, factors_M)[1](dh_MK)
+
+
 def quantize_blocks(w_RK: Float[Array, "*G R K"], *, power_of_two: bool = False) -> Quantized:
     """Quantize in 128x128 blocks (V3 section 3.3.2); blocks at the edges may be smaller."""
     *lead, rows, k = w_RK.shape

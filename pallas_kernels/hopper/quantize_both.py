@@ -31,10 +31,10 @@ from pallas_kernels.reference import E4M3, TILE, Quantized, RaggedTiles, scales_
 
 _ROWS = 64  # of a tile, in registers at a time
 _COLUMNS = 64  # likewise, of its transpose
-_ONE_EACH = plgpu.Layout.WG_STRIDED((TILE,), 1)  # of the threads
+ONE_EACH = plgpu.Layout.WG_STRIDED((TILE,), 1)  # of the threads
 # A block in shared memory, in lines of 128 bytes, 8 rows after one another.
-_SIXTEEN_BITS = (plgpu.TilingTransform((8, TILE // 2)), plgpu.SwizzleTransform(TILE))
-_EIGHT_BITS = (plgpu.TilingTransform((8, TILE)), plgpu.SwizzleTransform(TILE))
+SIXTEEN_BITS = (plgpu.TilingTransform((8, TILE // 2)), plgpu.SwizzleTransform(TILE))
+EIGHT_BITS = (plgpu.TilingTransform((8, TILE)), plgpu.SwizzleTransform(TILE))
 
 
 def quantize_both(
@@ -57,7 +57,8 @@ def quantize_both(
         tiles: Which rows the tiles along the first axis take.
         swiglu: Quantize `reference.swiglu` of the two halves.
         factors_M: Of SwiGLU's rows.
-        scale_kM: Of the tiles of what is quantized along the last axis already.
+        scale_kM: Of the tiles of what is quantized along the last axis already; not with
+            ``swiglu``.
         by_row: Whether to make the first result; rows of no tile are not written.
         by_column: Whether to make the second; tiles past the last are not written.
         power_of_two: Round scales up to powers of two.
@@ -67,7 +68,8 @@ def quantize_both(
         Those of the two that are asked for.
 
     Raises:
-        ValueError: unless M is a multiple of 8 and at least 128, and K a multiple of 128.
+        ValueError: unless M is a multiple of 8 and at least 128, and K a multiple of 128; for a
+            SwiGLU of what is quantized.
     """
     m, k = x_MK.shape
     k = k // 2 if swiglu else k
@@ -75,17 +77,19 @@ def quantize_both(
         raise ValueError(
             f"M must be a multiple of 8, and at least {TILE}, and K of {TILE}, not {m} and {k}"
         )
+    if swiglu and scale_kM is not None:
+        raise ValueError("of a SwiGLU the inputs must be bfloat16")
     most = tiles.first_T.shape[0]
     shape = jax.ShapeDtypeStruct
     rows = (shape((m, k), E4M3), shape((k // TILE, m), jnp.float32))
     columns = (shape((k, most * TILE), E4M3), shape((most, k), jnp.float32))
     scratch = dict(
         factors=plgpu.SMEM((TILE,), jnp.float32),
-        scales=plgpu.SMEM((2 * TILE,), jnp.float32),
+        scales=plgpu.SMEM((TILE,), jnp.float32),
         rows_scale=plgpu.SMEM((TILE,), jnp.float32),
         columns_scale=plgpu.SMEM((TILE,), jnp.float32),
-        block=plgpu.SMEM((TILE, TILE), jnp.bfloat16, transforms=_SIXTEEN_BITS),
-        transposed=plgpu.SMEM((TILE, TILE), E4M3, transforms=_EIGHT_BITS),
+        block=plgpu.SMEM((TILE, TILE), jnp.bfloat16, transforms=SIXTEEN_BITS),
+        transposed=plgpu.SMEM((TILE, TILE), E4M3, transforms=EIGHT_BITS),
     )
     given = x_MK, factors_M if factors_M is None else factors_M.astype(jnp.float32), scale_kM
     has = tuple(x is not None for x in given)
@@ -125,12 +129,9 @@ def _body(count, first, low, high, *refs, has, swiglu, by_row, by_column, power_
         whole = pl.ds(first_row, TILE)
         # Once for all threads: read as the rows are spread, every thread would read them.
         if factors is not None:
-            scratch["factors"][...] = compat.load(factors.at[whole], _ONE_EACH)
+            scratch["factors"][...] = compat.load(factors.at[whole], ONE_EACH)
         if scales is not None:
-            halves = (0, scales.shape[0] // 2) if swiglu else (0,)
-            for i, half in enumerate(halves):
-                own_scales = compat.load(scales.at[half + k_tile, whole], _ONE_EACH)
-                scratch["scales"][pl.ds(i * TILE, TILE)] = own_scales
+            scratch["scales"][...] = compat.load(scales.at[k_tile, whole], ONE_EACH)
         if factors is not None or scales is not None:
             plgpu.commit_smem()
         some = _ROWS // 2 if swiglu else _ROWS  # two inputs take twice the registers
@@ -153,7 +154,7 @@ def _body(count, first, low, high, *refs, has, swiglu, by_row, by_column, power_
             h = bf16(compat.load(x.at[rows, columns], layout), part * some)
             if swiglu:
                 right = pl.ds(x.shape[1] // 2 + k_tile * TILE, TILE)
-                up = bf16(compat.load(x.at[rows, right], layout), TILE + part * some)
+                up = compat.load(x.at[rows, right], layout)
                 h = _swiglu(h, up, None if factors is None else of_rows("factors", part * some))
             if by_column:
                 row = plgpu.broadcasted_iota(jnp.int32, h.shape, 0, layout=layout) + part * some
@@ -167,7 +168,7 @@ def _body(count, first, low, high, *refs, has, swiglu, by_row, by_column, power_
                 outs[0][rows, columns] = q.astype(E4M3)
         if by_row:
             # By ordinary stores: where a group begins, a row is not aligned as a copy wants it.
-            outs[1][k_tile, whole] = compat.load(scratch["rows_scale"], _ONE_EACH)
+            outs[1][k_tile, whole] = compat.load(scratch["rows_scale"], ONE_EACH)
         if by_column:
             values, scales = outs[-2:]
             plgpu.commit_smem()
@@ -228,8 +229,8 @@ def quantize_blocks_both(
         grid=(groups, r // TILE, k // TILE),
         grid_names=("group", "rows", "columns"),
         scratch_types=[
-            plgpu.SMEM((TILE, TILE), jnp.float16, transforms=_SIXTEEN_BITS),
-            plgpu.SMEM((TILE, TILE), E4M3, transforms=_EIGHT_BITS),
+            plgpu.SMEM((TILE, TILE), jnp.float16, transforms=SIXTEEN_BITS),
+            plgpu.SMEM((TILE, TILE), E4M3, transforms=EIGHT_BITS),
             plgpu.SMEM((TILE,), jnp.float32),
         ],
     )
@@ -266,7 +267,7 @@ def _one_block(w, own, values, transposed, scales, block, staged, maxima, *, pow
         maxima[half] = jnp.max(jnp.abs(h.astype(jnp.float32)), axis=1)
     plgpu.commit_smem()
     # The scale of the largest is the largest scale; a scale by itself cannot be rounded (bitcast).
-    scale = jnp.max(scales_of(compat.load(maxima, _ONE_EACH), power_of_two=power_of_two))
+    scale = jnp.max(scales_of(compat.load(maxima, ONE_EACH), power_of_two=power_of_two))
     inverse = 1.0 / scale  # what XLA makes of a division by one number, too
     scales[group, r_tile, k_tile] = scale
     for half, h in zip(halves, loaded, strict=True):

@@ -13,6 +13,7 @@ from pallas_kernels import quantize, reference
 from pallas_kernels.hopper import compat
 from pallas_kernels.hopper import quantize as hopper
 from pallas_kernels.hopper import quantize_both as hopper_both
+from pallas_kernels.hopper import swiglu_gradient as hopper_swiglu
 from pallas_kernels.reference import Quantized
 
 E4M3_STEP = 2.0**-4  # half of the spacing of E4M3 relative to a normal number
@@ -281,7 +282,7 @@ def test_both_axes_in_groups(of, sizes, interpret):
         by_row, by_column = hopper_both.quantize_both(
             x, tiles, swiglu=True, factors_M=factors, interpret=interpret
         )
-        want = quantize.swiglu_quantize_tiles_both(x, factors, tiles, impl="reference")
+        want = quantize.quantize_tiles_both(reference.swiglu(x, factors), tiles, impl="reference")
     rows, used = sum(sizes), 128 * int(tiles.count[0])
     # exp differs by its last bits, which may round to another BF16 number.
     compare = assert_dequantized_near
@@ -316,23 +317,138 @@ def test_what_is_in_fp8_is_turned_round(sizes, interpret):
         np.testing.assert_array_equal(*(np.asarray(a.values, np.float32) for a in (got, want)))
 
 
+def swiglu_gradient_in_pieces(gate_up, dh, factors, tiles):
+    """By row as one matrix, by column, and of the factors."""
+    x = reference.dequantize(gate_up).astype(dh.dtype)
+    grad, dfactors = reference.swiglu_gradient(x, dh, factors)
+    parts = *jnp.split(grad, 2, axis=1), reference.swiglu(x, factors)
+    columns = tuple(reference.quantize_tiles_ragged(part, tiles) for part in parts)
+    return reference.quantize_tiles(grad), columns, dfactors
+
+
+def compare_swiglu_gradient(got, want, tiles, rows, compare):
+    """Of rows and tiles in groups; the first of ``got`` are one matrix or two, side by side."""
+    used = 128 * int(tiles.count[0])
+    by_row = Quantized(
+        jnp.concatenate([q.values for q in got[0]], axis=1),
+        jnp.concatenate([q.scale for q in got[0]], axis=0),
+    )
+    if rows:
+        compare(*(Quantized(q.values[:rows], q.scale[:, :rows]) for q in (by_row, want[0])))
+        for pair in zip(got[1], want[1], strict=True):
+            compare(*(Quantized(q.values[:, :used], q.scale[: used // 128]) for q in pair))
+    assert (got[2] is None) == (want[2] is None)
+    if got[2] is not None:
+        largest = np.abs(want[2][:rows]).max(initial=0)
+        np.testing.assert_allclose(got[2][:rows], want[2][:rows], rtol=1e-4, atol=1e-5 * largest)
+
+
+def random_swiglu_gradient(m, k, rows, with_factors, seed=0):
+    """Gate, up, the gradient of their product, and factors; past the rows NaN, as it may be."""
+    gate_up = random_matrix(m, 2 * k, seed).at[rows:].set(jnp.nan).astype(jnp.bfloat16)
+    dh = random_matrix(m, k, seed + 1).at[rows:].set(0).astype(jnp.bfloat16)
+    factors = random_matrix(m, 1, seed + 2)[:, 0].at[rows:].set(jnp.nan) if with_factors else None
+    return quantize.quantize_tiles(gate_up), dh, factors
+
+
+def run_swiglu_gradient(sizes, m, k, *, with_factors, apart, interpret):
+    """The kernel beside the pieces."""
+    rows, tiles = sum(sizes), tiles_of(sizes, m)
+    gate_up, dh, factors = random_swiglu_gradient(m, k, rows, with_factors)
+    options = dict(factors_M=factors, apart=apart, interpret=interpret)
+    got = hopper_swiglu.swiglu_gradient(gate_up, dh, tiles, **options)
+    assert len(got[0]) == (2 if apart else 1)
+    sums = None if factors is None else got[2].sum(0)
+    want = swiglu_gradient_in_pieces(gate_up, dh, factors, tiles)
+    compare_swiglu_gradient((*got[:2], sums), want, tiles, rows, assert_dequantized_near)
+    only_rows, nothing, _ = hopper_swiglu.swiglu_gradient(
+        gate_up, dh, tiles, by_column=False, **options
+    )
+    assert nothing == ()
+    for a, b in zip(jax.tree.leaves(only_rows), jax.tree.leaves(got[0]), strict=True):
+        axis = 0 if a.dtype == reference.E4M3 else 1
+        a, b = (jnp.take(x, jnp.arange(rows), axis=axis).astype(jnp.float32) for x in (a, b))
+        np.testing.assert_array_equal(a, b)
+
+
 @simulated_and_real
 @pytest.mark.parametrize("with_factors", [False, True])
-@pytest.mark.parametrize("sizes", SIZES[:2], ids=str)
-def test_swiglu_of_what_is_in_fp8(sizes, with_factors, interpret):
-    m = 264
-    x = random_matrix(m, 512).at[sum(sizes) :].set(jnp.nan).astype(jnp.bfloat16)
-    factors = random_matrix(m, 1, 1)[:, 0] if with_factors else None
-    tiles, q = tiles_of(sizes, m), quantize.quantize_tiles(x)
-    options = dict(swiglu=True, by_row=False, interpret=interpret)
-    (got,) = hopper_both.quantize_both(
-        q.values, tiles, factors_M=factors, scale_kM=q.scale, **options
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_swiglu_gradient_in_one_pass(sizes, with_factors, interpret):
+    run_swiglu_gradient(
+        sizes, 264, 256, with_factors=with_factors, apart=with_factors, interpret=interpret
     )
-    want = quantize.swiglu_quantize_tiles(q, factors, tiles, axis=0, impl="reference")
-    used = 128 * int(tiles.count[0])
-    got, want = (Quantized(a.values[:, :used], a.scale[: used // 128]) for a in (got, want))
-    if used:
-        assert_dequantized_near(got, want)
+
+
+@needs_simulation
+@settings(max_examples=6, deadline=None)
+@given(
+    st.lists(st.sampled_from([0, 1, 7, 127, 128, 129]), min_size=1, max_size=3),
+    st.integers(0, 3),
+    st.sampled_from([128, 256]),
+    st.booleans(),
+    st.booleans(),
+)
+def test_swiglu_gradient_of_any_groups(sizes, more, k, with_factors, apart):
+    m = max(128, -(-sum(sizes) // 8) * 8) + 8 * more
+    run_swiglu_gradient(sizes, m, k, with_factors=with_factors, apart=apart, interpret=True)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("k", [130, 256])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_swiglu_gradient_is_that_of_its_pieces(dtype, k, apart):
+    m, sizes = 200, [100, 0, 28, 7]
+    rows, tiles = sum(sizes), tiles_of(sizes, m)
+    gate_up, dh, factors = random_swiglu_gradient(m, k, rows, True)
+    dh = dh.astype(dtype)
+    got = quantize.swiglu_gradient_quantize_tiles(gate_up, dh, factors, tiles, apart=apart)
+    by_row, *want = swiglu_gradient_in_pieces(gate_up, dh, factors, tiles)
+    if k % 128 and apart:  # a tile of one matrix has numbers of both
+        grad = reference.swiglu_gradient(reference.dequantize(gate_up).astype(dtype), dh, factors)[
+            0
+        ]
+        halves = [quantize.quantize_tiles(x) for x in jnp.split(grad, 2, axis=1)]
+        by_row = Quantized(
+            *(
+                jnp.concatenate(x, a)
+                for a, x in ((1, [q.values for q in halves]), (0, [q.scale for q in halves]))
+            )
+        )
+    compare_swiglu_gradient(got, (by_row, *want), tiles, rows, assert_nearly_all_equal)
+    assert (got.factors_M[rows:] == 0).all()
+    rows_only = quantize.swiglu_gradient_quantize_tiles(
+        gate_up, dh, None, tiles, apart=apart, by_column=False
+    )
+    assert rows_only.by_column is rows_only.factors_M is None
+
+
+def assert_nearly_all_equal(got, want):
+    """XLA multiplies three factors in any order, which may tip a number of BF16 or E4M3."""
+    np.testing.assert_allclose(got.scale, want.scale, rtol=2.0**-7)
+    got, want = (np.asarray(q.values, np.float32) for q in (got, want))
+    np.testing.assert_allclose(got, want, rtol=2.0**-3, atol=2.0**-9)
+    assert np.mean(got != want) < 1e-2
+
+
+def test_swiglu_gradient_is_near_that_in_float32():
+    m, k = 128, 256
+    gate_up, dh, factors = random_swiglu_gradient(m, k, m, True)
+    got = quantize.swiglu_gradient_quantize_tiles(gate_up, dh, factors)
+
+    def product(gate_up, factors):
+        gate, up = jnp.split(gate_up, 2, axis=1)
+        return jax.nn.silu(gate) * up * factors[:, None]
+
+    x = reference.dequantize(gate_up).astype(jnp.bfloat16).astype(jnp.float32)
+    h, vjp = jax.vjp(product, x, factors)
+    grad, dfactors = vjp(dh.astype(jnp.float32))
+    np.testing.assert_allclose(got.factors_M, dfactors, rtol=1e-4, atol=1e-5 * dfactors.max())
+    wants = grad, *(part.T for part in (*jnp.split(grad, 2, axis=1), h))
+    for q, want in zip((*got.by_row, *got.by_column), wants, strict=True):
+        scale = np.repeat(np.asarray(q.scale).T, 128, axis=1)
+        bound = np.abs(want) * (E4M3_STEP + 2.0**-8) + scale * 2.0**-9
+        assert (np.abs(reference.dequantize(q) - want) <= bound).all()
 
 
 def assert_dequantized_near(got, want):
@@ -380,20 +496,16 @@ def test_swiglu_has_a_gradient_where_its_exponential_overflows():
 def test_swiglu_is_that_of_jax():
     gate_up, factors = random_matrix(130, 280), random_matrix(130, 1, 1)
     gate, up = jnp.split(gate_up, 2, axis=1)
-    got = quantize.swiglu_quantize_tiles_both(gate_up, factors[:, 0])
-    want = quantize.quantize_tiles_both(jax.nn.silu(gate) * up * factors)
-    for a, b in zip(got, want, strict=True):
-        np.testing.assert_allclose(a.scale, b.scale, rtol=1e-5)
-        axis = 1 if b is want.by_row else 0
-        one = quantize.swiglu_quantize_tiles(gate_up, factors[:, 0], axis=axis)
-        jax.tree.map(np.testing.assert_array_equal, one, a)
-    overflow = quantize.swiglu_quantize_tiles_both(jnp.array([[-1e4, 1.0]]))
-    assert overflow.by_row.values[0, 0] == 0, "exp overflows, silu does not"
+    got = quantize.swiglu_quantize_tiles(gate_up, factors[:, 0])
+    want = quantize.quantize_tiles(jax.nn.silu(gate) * up * factors)
+    np.testing.assert_allclose(got.scale, want.scale, rtol=1e-5)
+    overflow = quantize.swiglu_quantize_tiles(jnp.array([[-1e4, 1.0]]))
+    assert overflow.values[0, 0] == 0, "exp overflows, silu does not"
 
 
 @pytest.mark.skipif(not compat.loads_transposed(), reason="before 0.11, Pallas finds no layout")
 @pytest.mark.parametrize(
-    "which", ["plain", "swiglu", "blocks", "blocks_fp32", "columns", "from_fp8", "swiglu_from_fp8"]
+    "which", ["plain", "swiglu", "blocks", "blocks_fp32", "columns", "from_fp8", "swiglu_gradient"]
 )
 def test_both_lower_without_a_device(which):
     x = jax.ShapeDtypeStruct((1000, 2048), jnp.bfloat16)
@@ -405,7 +517,7 @@ def test_both_lower_without_a_device(which):
     else:
         factors = jax.ShapeDtypeStruct((1000,), jnp.float32)
         scale = jax.ShapeDtypeStruct((16, 1000), jnp.float32)
-        if which.endswith("from_fp8"):
+        if which in ("from_fp8", "swiglu_gradient"):
             x = jax.ShapeDtypeStruct((1000, 2048), reference.E4M3)
 
         def run(sizes, x, factors, scale):
@@ -414,8 +526,12 @@ def test_both_lower_without_a_device(which):
                 "swiglu": {"swiglu": True, "factors_M": factors},
                 "columns": {"by_row": False},
                 "from_fp8": {"by_row": False, "scale_kM": scale},
-                "swiglu_from_fp8": {"swiglu": True, "factors_M": factors, "scale_kM": scale},
             }
+            if which == "swiglu_gradient":
+                dh = jnp.zeros((1000, 1024), jnp.bfloat16)
+                return hopper_swiglu.swiglu_gradient(
+                    Quantized(x, scale), dh, tiles, factors_M=factors
+                )
             return hopper_both.quantize_both(x, tiles, **options.get(which, {}))
 
         traced = jax.jit(run).trace(sizes, x, factors, scale)

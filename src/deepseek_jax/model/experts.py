@@ -12,12 +12,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from deepseek_jax.config import Precision
 from deepseek_jax.model.layers import Weight, swiglu
 from pallas_kernels.grouped_matmul import grouped_matmul
-from pallas_kernels.linear import (
-    as_bytes,
-    fp8_grouped_linear,
-    fp8_grouped_swiglu_linear_returned,
-    from_bytes,
-)
+from pallas_kernels.linear import as_bytes, fp8_grouped_swiglu_ffn_returned, from_bytes
 from pallas_kernels.quantize import Quantized, quantize_tiles
 
 
@@ -221,12 +216,13 @@ def _experts(
     precision: Precision,
 ) -> Outputs:
     """Of every pair, gate * FFN(x) by its own expert."""
-    w1_EDF, w3_EDF, w2_EFD = weights
     if fp8 is not None:
         rows = Quantized(from_bytes(fp8.values_TD), fp8.scales_Tk.T)
-        gate_up = fp8_grouped_linear(x_MD, (w1_EDF, w3_EDF), sizes_G, quantized=rows)
-        y_MD, way = fp8_grouped_swiglu_linear_returned(gate_up, gates_M1[:, 0], w2_EFD, sizes_G)
+        y_MD, way = fp8_grouped_swiglu_ffn_returned(
+            x_MD, gates_M1[:, 0], *weights, sizes_G, quantized=rows
+        )
         return Outputs(y_MD, Way(way.values, way.scale.T))
+    w1_EDF, w3_EDF, w2_EFD = weights
     times: Any = functools.partial(grouped_matmul, group_sizes_G=sizes_G)
     gate, up = (checkpoint_name(times(x_MD, w), "ffn_gate_up") for w in (w1_EDF, w3_EDF))
     return Outputs(times(swiglu(gate, up, precision, gates_M1), w2_EFD))

@@ -18,7 +18,7 @@ from deepseek_jax.config import ModelConfig, Precision
 from deepseek_jax.sharding import LORA_A, LORA_B, SCALE
 from deepseek_jax.types import UserError
 from pallas_kernels import backend
-from pallas_kernels.linear import fp8_linear, fp8_swiglu_linear
+from pallas_kernels.linear import fp8_linear, fp8_swiglu_ffn
 from pallas_kernels.reference import E4M3, TILE, Quantized
 
 # A matrix as computation takes it: an array, or, where the products are in FP8 and the weights
@@ -356,8 +356,7 @@ class FeedForward(ParamModule):
         def ffn(x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
             if self.precision.matmuls == "fp8":
                 x_MD = x_BTD.astype(self.precision.compute_dtype).reshape(-1, D)
-                out = fp8_swiglu_linear(fp8_linear(x_MD, (w1_DF, w3_DF)), w2_FD)
-                out = out.reshape(x_BTD.shape)
+                out = fp8_swiglu_ffn(x_MD, w1_DF, w3_DF, w2_FD).reshape(x_BTD.shape)
             else:
                 gate, up = (
                     checkpoint_name(linear(x_BTD, w, self.precision), "ffn_gate_up")
