@@ -116,14 +116,15 @@ def fp8_matmul(
 
     Args:
         a: Left operand with 1x128 tile scales.
-        b: Right operand, transposed, with block or tile scales.
+        b: Right operand, transposed, with block or tile scales; with block scales, maybe one of a
+            stack.
         out_dtype: bfloat16 or float32.
         tiling: Instead of the default of `choose_tiling`.
         interpret: Simulate on the CPU. Needs jax 0.11; 0.12 unless ``tiling.shared`` is "none".
     """
-    (m, k), n = a.values.shape, b.values.shape[0]
-    if b.values.shape[1] != k:
-        raise ValueError(f"contracted sizes differ: {k} and {b.values.shape[1]}")
+    (m, k), (n, k_b) = a.values.shape, b.shape
+    if k_b != k:
+        raise ValueError(f"contracted sizes differ: {k} and {k_b}")
     b_in_tiles = not has_block_scales(b)
     if a.scale.shape != (pl.cdiv(k, TILE), m):
         raise ValueError("the left operand needs 1x128 tile scales")
@@ -147,12 +148,16 @@ def fp8_matmul(
     # along a dimension of one tile, Mosaic takes every coordinate for zero.
     store_columns = _STORE_BYTES // jnp.dtype(out_dtype).itemsize
     n_pad = max(_round_up(n, store_columns), 2 * store_columns)
-    a_values, b_values = _pad(a.values, (m_pad, k_pad)), _pad(b.values, (n_pad, k_pad))
-    a_scale = _pad(a.scale, (pl.cdiv(k, TILE), m_pad))
+    if (n, k) != (n_pad, k_pad):
+        b = b.cut_out()  # and not all of its stack padded
+        b = b._replace(values=_pad(b.values, (n_pad, k_pad)))
+    a_values, a_scale = _pad(a.values, (m_pad, k_pad)), _pad(a.scale, (pl.cdiv(k, TILE), m_pad))
     b_scale = _pad(b.scale, (pl.cdiv(k, TILE), n_pad)) if b_in_tiles else b.scale
 
-    kernel = _Kernel(m_pad, n_pad, k_pad, b_in_tiles, jnp.dtype(out_dtype), tiling)
-    out = kernel.call(multiprocessors, interpret)(a_values, b_values, a_scale, b_scale)
+    layer = () if b.layer is None else (b.layer.reshape(1),)
+    form = dict(b_in_tiles=b_in_tiles, stacked=bool(layer))
+    kernel = _Kernel(m_pad, n_pad, k_pad, out_dtype=jnp.dtype(out_dtype), tiling=tiling, **form)
+    out = kernel.call(multiprocessors, interpret)(*layer, a_values, b.values, a_scale, b_scale)
     return out[:m, :n]
 
 
@@ -209,6 +214,8 @@ class _Kernel:
 
     With ``groups``, there is a product for each of them, over its own part of K: which tiles of K
     these are is read from two arrays, the first and the number of each group's.
+
+    Where `b` is ``stacked``, the number of its layer in the stack is read from an array, too.
     """
 
     m: int
@@ -218,6 +225,7 @@ class _Kernel:
     out_dtype: jnp.dtype
     tiling: Tiling
     groups: int = 0
+    stacked: bool = False
 
     @property
     def wave_rows(self) -> int:
@@ -330,7 +338,10 @@ class _Kernel:
 
         def body(*refs):
             groups, refs = (refs[:2], refs[2:]) if self.groups else (None, refs)
+            layer, refs = (refs[0], refs[1:]) if self.stacked else (None, refs)
             (a, b, a_scale, b_scale, out), refs = refs[:5], refs[5:]
+            if layer is not None:
+                b, b_scale = b.at[layer[0]], b_scale.at[layer[0]]
             refs = dict.fromkeys(scratch) | dict(zip(names, refs, strict=True))
             warpgroup = lax.axis_index("warpgroup")
             pl.when(warpgroup == self.tiling.warpgroups)(

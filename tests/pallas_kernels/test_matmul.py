@@ -108,6 +108,24 @@ def test_matches_float64(multiply, tile_error, m, n, k, b_in_tiles):
 
 
 @each_implementation
+@pytest.mark.parametrize(("m", "n", "k"), [(8, 256, 384), (1, 192, 128), (72, 72, 300)])
+def test_one_of_a_stack(multiply, tile_error, m, n, k):
+    """Every layer's product is that of its matrix by itself, to the last bit."""
+    a, _ = operands(m, n, k)
+    layers = [operands(m, n, k, seed=seed)[1] for seed in range(3)]
+    stack = jax.tree.map(lambda *each: jnp.stack(each), *layers)
+    if multiply.func is tpu.fp8_matmul:  # the choice of a backend cuts it out
+        multiply = functools.partial(_cut_out_first, multiply)
+    of_layer = jax.jit(lambda layer: multiply(a, stack._replace(layer=layer)))
+    for layer, alone in enumerate(layers):
+        np.testing.assert_array_equal(of_layer(jnp.int32(layer)), multiply(a, alone))
+
+
+def _cut_out_first(multiply, a, b):
+    return multiply(a, b.cut_out())
+
+
+@each_implementation
 @pytest.mark.parametrize("n", [8, 64, 96])
 def test_bfloat16_result(multiply, tile_error, n):
     check(multiply, tile_error, *operands(72, n, 256), out_dtype=jnp.bfloat16)
