@@ -220,6 +220,48 @@ def test_hopper_tilings(m, n, tiling, out_dtype, b_in_tiles):
     check(multiply, FP32, *operands(m, n, 640, b_in_tiles=b_in_tiles), out_dtype=out_dtype)
 
 
+@needs_simulation
+@pytest.mark.parametrize("out_dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("m", [1, 8, 32, 64])
+@pytest.mark.parametrize(("n", "k", "splits"), [(192, 640, 3), (8, 300, 2), (128, 256, 5)])
+def test_few_rows_split_along_k(m, n, k, splits, out_dtype):
+    """Parts of unequal size, of none (five of two steps), and of a last step cut short."""
+    multiply = simulated(waves=1, warpgroups=1, shared="none", stages=2, splits=splits)
+    check(multiply, FP32, *operands(m, n, k), out_dtype=out_dtype)
+
+
+@needs_simulation
+def test_a_split_of_one_of_a_stack():
+    a, b = operands(8, 128, 640)
+    stack = Quantized(jnp.stack([0 * b.values, b.values]), jnp.stack([b.scale, b.scale]))
+    multiply = simulated(waves=1, warpgroups=1, shared="none", stages=2, splits=2)
+    got = multiply(a, stack._replace(layer=jnp.int32(1)), out_dtype=jnp.float32)
+    np.testing.assert_array_equal(got, multiply(a, b, out_dtype=jnp.float32))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 8, 32, 64])
+@pytest.mark.parametrize(("n", "k"), [(2048, 7168), (2112, 7168), (24576, 1536), (72, 1000)])
+def test_few_rows_on_the_device(m, n, k):
+    """As many parts as the rule says, and others, with one consumer and with two."""
+    a, b = operands(m, n, k)
+    for warpgroups, splits in ((0, 0), (1, 1), (1, 3), (2, 4)):
+        tiling = None
+        if splits:
+            tiling = hopper.Tiling(waves=1, warpgroups=warpgroups, shared="none", splits=splits)
+        check(functools.partial(hopper.fp8_matmul, tiling=tiling), TENSOR_CORE, a, b)
+
+
+@pytest.mark.parametrize("m", [1, 32, 64])
+@pytest.mark.parametrize(("n", "k"), [(2048, 7168), (576, 7168), (7168, 16384), (24576, 1536)])
+def test_few_rows_keep_multiprocessors_busy(m, n, k):
+    """Either many read at once, or there are tiles enough; and no part of K is empty."""
+    tiling = hopper.tiling_of_few_rows(m, n, k, multiprocessors=132)
+    tiles, steps = -(-n // 128), k // 128
+    assert tiles * tiling.splits >= 66
+    assert (tiling.splits - 1) * -(-steps // tiling.splits) < steps
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("warpgroups", [2, 3])
 @pytest.mark.parametrize("shared", ["none", "a", "b"])
@@ -231,7 +273,9 @@ def test_hopper_tilings_on_the_device(warpgroups, shared):
 
 
 @pytest.mark.parametrize("b_in_tiles", [False, True])
-@pytest.mark.parametrize(("m", "n", "k"), [(4096, 7168, 2048), (4096, 576, 7168), (100, 100, 100)])
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(4096, 7168, 2048), (4096, 576, 7168), (100, 100, 100), (1, 2048, 7168)]
+)
 def test_hopper_lowers_without_a_device(m, n, k, b_in_tiles):
     """Catches what a new jax changes in Pallas, where neither a GPU nor a simulation is at hand."""
     shape = jax.ShapeDtypeStruct
