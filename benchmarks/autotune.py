@@ -47,7 +47,7 @@ def tune(shape: tuple[int, ...], *, b_in_tiles: bool, rounds: int) -> dict | Non
     m, n, k = shape
     sets = [fp8_gemm.operands(jax.random.key(seed), m, n, k, b_in_tiles)[:2] for seed in range(2)]
     rule = hopper.tiling_by_rule(
-        m, n, b_in_tiles=b_in_tiles, multiprocessors=compat.multiprocessors()
+        m, n, k, b_in_tiles=b_in_tiles, multiprocessors=compat.multiprocessors()
     )
     runs, want = {}, None
     for tiling in candidates(rule, b_in_tiles=b_in_tiles):

@@ -2,6 +2,7 @@
 
     PYTHONPATH=. python benchmarks/fp8_gemm.py            # the table of docs/performance.md
     PYTHONPATH=. python benchmarks/fp8_gemm.py --sweep    # other tilings at the first shape
+    PYTHONPATH=. python benchmarks/fp8_gemm.py --rows 1 32 64    # few rows, K split in several ways
 
 Every row is checked before it is timed: against the product of the dequantized operands in
 FP32, and by running it twice, because a race shows as a result that moves.
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from benchmarks.mla_decode import copy_bandwidth
 from benchmarks.timing import deadline, median_seconds
 from pallas_kernels import quantize, reference
 from pallas_kernels.hopper import compat
@@ -42,6 +44,12 @@ CHANGES: list[dict[str, Any]] = [
     dict(stages=3),
     dict(store_slots=2),
 ]
+# (N, K) of V3 in decoding: `wq_a` and `wkv_a` together, `wq_b`, `wo`, the shared expert.
+WEIGHTS = [(2112, 7168), (24576, 1536), (7168, 16384), (2048, 7168), (7168, 2048)]
+SPLITS = (1, 2, 4, 8)
+# Weights of as many layers as do not fit into the cache of the device, each multiplied in its turn.
+STACK_BYTES = 400e6
+PRODUCTS = 128  # one after the other, in one program
 SECONDS_PER_ROW = 60
 # Rounding of the result to BF16 alone gives 1.7e-3.
 LARGEST_ERROR = 3e-3
@@ -121,7 +129,7 @@ def sweep(shape):
     inputs = [s[:2] for s in _sets(shape)]
     rates = {}
     default = hopper.tiling_by_rule(
-        shape[0], shape[1], b_in_tiles=False, multiprocessors=compat.multiprocessors()
+        *shape, b_in_tiles=False, multiprocessors=compat.multiprocessors()
     )
     for change in CHANGES:
         tiling = dataclasses.replace(default, **change)
@@ -134,17 +142,81 @@ def sweep(shape):
         print(f"{label:44} {rate:7.0f} TFLOP/s")
 
 
+@functools.partial(jax.jit, static_argnames="tiling")
+def _in_turn(a, b, tiling):
+    """The sum of the products with the weights of all layers, so many times over."""
+    layers = b.values.shape[0]
+
+    def add(i, total):
+        one = b._replace(layer=i % layers)
+        return total + hopper.fp8_matmul(a, one, out_dtype=jnp.float32, tiling=tiling)
+
+    zeros = jnp.zeros((a.values.shape[0], b.values.shape[1]), jnp.float32)
+    return lax.fori_loop(0, PRODUCTS, add, zeros)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _stack(key, layers, n, k):
+    """Weights of random bits; scales so that no product is out of the ordinary."""
+    bits = jax.random.bits(key, (layers, n, k), jnp.uint8)
+    values = lax.bitcast_convert_type(bits & 0xBF, jnp.float8_e4m3fn)  # magnitudes below 2
+    return quantize.Quantized(values, jnp.ones((layers, -(-n // 128), k // 128)))
+
+
+def few_rows(rows, weights):
+    """Products as in decoding: by the rule, as more rows are multiplied, and in other parts."""
+    copy = copy_bandwidth()
+    count = compat.multiprocessors()
+    print(f"a copy {copy / 1e9:.0f} GB/s; times include adding the product to a sum")
+    for n, k in weights:
+        stack = _stack(jax.random.key(0), max(2, round(STACK_BYTES / (n * k))), n, k)
+        for m in rows:
+            print(f"\nM, N, K = {m}, {n}, {k}")
+            a = quantize.quantize_tiles(jax.random.normal(jax.random.key(1), (m, k)))
+            rule = hopper.tiling_of_few_rows(m, n, k, multiprocessors=count)
+            shared = "none" if -(-n // 128) % 2 else "a"
+            whole = dataclasses.replace(rule, warpgroups=2, splits=1, shared=shared)
+            ways = {f"by rule, {rule.splits} parts": rule, "2 consumers, K whole": whole}
+            for splits in dict.fromkeys((*SPLITS, rule.splits)):
+                for consumers in (1, 2):
+                    tiling = dataclasses.replace(rule, warpgroups=consumers, splits=splits)
+                    ways.setdefault(f"{splits} parts, {consumers} consumers", tiling)
+            for label, tiling in ways.items():
+                _few_rows_line(label, a, stack, tiling, copy)
+
+
+def _few_rows_line(label, a, stack, tiling, copy):
+    first = stack._replace(layer=jnp.int32(0))
+    try:
+        with deadline(SECONDS_PER_ROW):
+            error = _error(hopper.fp8_matmul(a, first, tiling=tiling), a, first)
+            run = functools.partial(_in_turn, tiling=tiling)
+            seconds = median_seconds(run, [(a, stack)], calls=5, repeats=5) / PRODUCTS
+    except Exception as problem:
+        print(f"{label:30} {type(problem).__name__}: {str(problem)[:200]}", flush=True)
+        return
+    rate = stack.values[0].nbytes / seconds
+    print(
+        f"{label:30} {seconds * 1e6:7.1f} us {rate / 1e9:6.0f} GB/s, {rate / copy:4.0%} of a copy"
+        f"  error {error:.1e}{'' if error <= LARGEST_ERROR else ' WRONG'}",
+        flush=True,
+    )
+
+
 def main():
     """Parse the command line and print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--sweep", action="store_true", help="time other tilings instead")
+    parser.add_argument("--rows", type=int, nargs="+", default=[], help="few rows instead")
     parser.add_argument(
         "--shape", nargs=3, type=int, action="append", metavar=("M", "N", "K"), help="repeatable"
     )
     arguments = parser.parse_args()
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}")
     shapes = [tuple(shape) for shape in arguments.shape or SHAPES]
-    if arguments.sweep:
+    if arguments.rows:
+        few_rows(arguments.rows, WEIGHTS)
+    elif arguments.sweep:
         for shape in shapes if arguments.shape else shapes[:1]:
             sweep(shape)
     else:

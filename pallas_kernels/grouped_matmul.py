@@ -92,13 +92,14 @@ def fp8_grouped_matmul(
     Args:
         a: [M, K] values with 1x128 tile scales, rows in group order. Rows past the last group come
             out as zeros.
-        b: [G, N, K] values with 128x128 block scales.
+        b: [G, N, K] values with 128x128 block scales; or one of a stack, [L, G, N, K], which
+            ``hopper`` reads in place.
         group_sizes_G: rows of each group, 0 allowed; the sum may be less than M.
         out_dtype: bfloat16 or float32 (which ``hopper`` lacks); sums are FP32.
         impl: ``hopper`` and ``tpu`` need K and N that are multiples of 128. ``reference`` does G
             times the work. ``auto`` takes what can run, and logs it.
     """
-    _, N, K = b.values.shape
+    _, N, K = b.shape
     fits = K % TILE == N % TILE == 0 and 0 not in (*a.values.shape, *b.values.shape)
     impl = _pick_fp8("fp8_grouped_matmul", fits, impl, on_hopper=out_dtype == jnp.bfloat16)
     if impl == "hopper":
@@ -108,7 +109,7 @@ def fp8_grouped_matmul(
     if impl == "tpu":
         from pallas_kernels.tpu import grouped_matmul as tpu
 
-        return tpu.fp8_grouped_matmul(a, b, group_sizes_G, out_dtype=out_dtype)
+        return tpu.fp8_grouped_matmul(a, b.cut_out(), group_sizes_G, out_dtype=out_dtype)
     return reference.fp8_grouped_matmul(a, b, group_sizes_G, out_dtype=out_dtype)
 
 

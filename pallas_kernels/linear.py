@@ -38,7 +38,7 @@ router, norms and the core of attention (section 3.3.1).
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -205,7 +205,7 @@ def from_bytes(values: UInt8[Array, "..."]) -> Float[Array, "..."]:
     return jax.lax.bitcast_convert_type(values, E4M3)
 
 
-def _one_by_one(w: Weights) -> bool:
+def _one_by_one(w: Weights) -> TypeGuard[tuple[jax.Array | Quantized, ...]]:
     """Whether several weights cannot be multiplied as one.
 
     That is if a block of their scales would belong to two, and for weights that come quantized:

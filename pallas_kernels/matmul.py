@@ -21,7 +21,8 @@ def fp8_matmul(
 
     Args:
         a: [M, K] values with tile scales, from `quantize_tiles`.
-        b: [N, K] values with block or tile scales.
+        b: [N, K] values with block or tile scales; with block scales it may be one of a stack,
+            [L, N, K], which ``hopper`` reads in place.
         out_dtype: bfloat16 or float32; sums are FP32 either way.
         impl: ``hopper``, ``tpu`` and ``reference`` are taken at their word and raise where they
             cannot run; ``auto`` picks by the default device and logs what it picked, once.
@@ -40,7 +41,7 @@ def fp8_matmul(
     if impl == "tpu":
         from pallas_kernels.tpu import matmul as tpu_matmul
 
-        return tpu_matmul.fp8_matmul(a, b, out_dtype=out_dtype)
+        return tpu_matmul.fp8_matmul(a, b.cut_out(), out_dtype=out_dtype)
     raise ValueError(f"unknown implementation {impl!r}")
 
 

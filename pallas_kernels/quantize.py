@@ -333,4 +333,4 @@ def transpose_blocks(w: Quantized) -> Quantized:
     """The transpose of a matrix with 128x128 block scales, without requantizing."""
     if not reference.has_block_scales(w):
         raise ValueError("tile scales do not survive a transpose; quantize the other axis instead")
-    return jax.tree.map(lambda x: x.swapaxes(-1, -2), w)
+    return w._replace(values=w.values.swapaxes(-1, -2), scale=w.scale.swapaxes(-1, -2))

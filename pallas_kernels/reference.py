@@ -34,15 +34,29 @@ class Quantized(NamedTuple):
     * blocks, ``(ceil(R / 128), ceil(K / 128))``: one scale per 128x128 block;
 
     with an extra leading axis on both where a matrix per group is meant.
+
+    With ``layer``, both have one more axis before all others, and what is meant is the entry of
+    that number: the weight of one layer, where it lies in the stack of all of them. A loop over
+    layers would otherwise cut it out, which is a copy where a kernel wants it.
     """
 
     values: Float[Array, "*G R K"]
     scale: Float[Array, "..."]
+    layer: Int[Array, ""] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the matrix."""
-        return self.values.shape
+        return self.values.shape[0 if self.layer is None else 1 :]
+
+    def cut_out(self) -> "Quantized":
+        """The same by itself, without the rest of its stack."""
+        if self.layer is None:
+            return self
+        values, scale = (
+            jax.lax.dynamic_index_in_dim(x, self.layer, keepdims=False) for x in self[:2]
+        )
+        return Quantized(values, scale)
 
 
 class RaggedTiles(NamedTuple):
@@ -211,6 +225,7 @@ def _tile_scales(q: Quantized) -> Float[Array, "k R"]:
 
 def dequantize(q: Quantized) -> Float[Array, "R K"]:
     """The FP32 matrix that a quantized one stands for."""
+    q = q.cut_out()
     scale_RK = jnp.repeat(_tile_scales(q).T, TILE, axis=1)[:, : q.values.shape[1]]
     return q.values.astype(jnp.float32) * scale_RK
 
@@ -222,6 +237,7 @@ def fp8_matmul(a: Quantized, b: Quantized, *, out_dtype=jnp.bfloat16) -> Float[A
     added to an FP32 accumulator. (Products of E4M3 numbers are exact in FP32, so the only roundings
     are those of the sums.)
     """
+    b = b.cut_out()
     (m, k), (n, k_b) = a.values.shape, b.values.shape
     if k != k_b:
         raise ValueError(f"contracted sizes differ: {k} and {k_b}")
@@ -268,6 +284,7 @@ def fp8_grouped_matmul(
 
     Rows past the last group are padding and come out as zeros.
     """
+    b = b.cut_out()
     out_GMN = jax.vmap(
         lambda values, scale: fp8_matmul(a, Quantized(values, scale), out_dtype=jnp.float32)
     )(b.values, b.scale)

@@ -116,7 +116,7 @@ def fp8_grouped_matmul(
 
     Args:
         a: [M, K] values with 1x128 tile scales, rows in group order.
-        b: [G, N, K] values with 128x128 block scales.
+        b: [G, N, K] values with 128x128 block scales, or one of a stack, [L, G, N, K].
         group_sizes: rows of each group, 0 allowed; rows past their sum come out as zeros.
         tall: whether tiles are tall; by default, where groups have many rows on average.
         interpret: simulate on the CPU.
@@ -124,17 +124,23 @@ def fp8_grouped_matmul(
     Raises:
         ValueError: unless K is a multiple of 128 and N of 64.
     """
-    (m, k), n = a.values.shape, b.values.shape[1]
+    (m, k), (groups, n, _) = a.values.shape, b.shape
     if k % TILE or n % 64:
         raise ValueError(f"K must be a multiple of 128 and N of 64, not {k} and {n}")
     if tall is None:
-        tall = m >= _TALL_FROM * len(group_sizes)
+        tall = m >= _TALL_FROM * groups
     kernel = _Kernel(_aligned(m), _wide(n), k, jnp.dtype(a.values.dtype), True, tall, interpret)
     a_values = jnp.pad(a.values, ((0, kernel.m - m), (0, 0)))
     a_scale = jnp.pad(a.scale, ((0, 0), (0, kernel.m - m)))
-    b_values = jnp.pad(b.values, ((0, 0), (0, kernel.n - n), (0, 0)))
-    tiles = row_tiles(group_sizes, kernel.m, kernel.tile[0])
-    return kernel.call()(*tiles, a_values, b_values, a_scale, b.scale)[:m, :n]
+    count, group, *rows = row_tiles(group_sizes, kernel.m, kernel.tile[0])
+    if kernel.n != n:
+        b = b.cut_out()  # and not all of its stack padded
+    # The groups of all layers as one list, in which this layer's begin somewhere.
+    b_values, b_scale = (x.reshape(-1, *x.shape[-2:]) for x in b[:2])
+    if b.layer is not None:
+        group = jnp.where(group < groups, b.layer * groups + group, len(b_values))
+    b_values = jnp.pad(b_values, ((0, 0), (0, kernel.n - n), (0, 0)))
+    return kernel.call()(count, group, *rows, a_values, b_values, a_scale, b_scale)[:m, :n]
 
 
 def _aligned(rows: int) -> int:

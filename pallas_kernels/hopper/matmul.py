@@ -1,7 +1,7 @@
 """Block-scaled FP8 matmul on Hopper: TMA, `wgmma` and promotion in registers.
 
-One block of threads computes a tile of 128 to 256 rows and 128 columns. A producer warpgroup fills
-a ring of shared-memory stages, each 128 of K, with the tensor memory accelerator. Two or three
+One block of threads computes a tile of 64 to 256 rows and 128 columns. A producer warpgroup fills
+a ring of shared-memory stages, each 128 of K, with the tensor memory accelerator. One to three
 consumer warpgroups take 64 rows each, ``waves`` times over: `wgmma` sums 128 of K into a fresh
 accumulator, which is then scaled and added to the FP32 total in registers (V3 section 3.5.2).
 While one warpgroup promotes, the tensor cores work for the others.
@@ -16,6 +16,8 @@ Why the pieces are as they are (the budget is in docs/performance.md):
   the second wave's `wgmma` before the first accumulator is free, which spills registers.
 * A cluster of two blocks that share the rows of ``a`` (or of ``b``) loads those once for both.
 * The grid is persistent: while consumers store a tile, the producer already loads the next one.
+* Few rows, as in decoding, are a matter of reading `b`, which takes many multiprocessors at once:
+  tiles are split along K, and their parts added up by XLA, with what follows.
 """
 
 import dataclasses
@@ -36,8 +38,12 @@ from pallas_kernels.reference import TILE, Quantized, RaggedTiles, has_block_sca
 _ROWS = 64  # rows of one wgmma instruction
 _STORE_BYTES = 128  # width of a chunk of the result on its way out: one swizzle
 _SHARED_BYTES = 227 * 1024 - 2048  # of a block, less what barriers and alignment take
-# Of a thread of the producer and of a consumer, by the number of consumers.
+# Of a thread of the producer and of a consumer, by the number of consumers; as they come for one.
 _REGISTERS = {2: (40, 232), 3: (32, 160)}
+# What a product of few rows costs, in units of the time in which memory delivers a block of 128x128
+# to anyone: a multiprocessor takes one step of K in so many (0.4 us where memory delivers 3 TB/s),
+# so that fewer of them leave memory idle. A tile takes so many steps more to begin and to end.
+_STEP, _EXTRA_STEPS = 75, 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +52,12 @@ class Tiling:
 
     Attributes:
         waves: How often each consumer takes 64 rows of a tile: 1 or 2.
-        warpgroups: Consumers: 2, or 3 of one wave each. A tile has 64 rows for each and wave.
+        warpgroups: Consumers: 2, or 1 or 3 of one wave each. A tile has 64 rows for each and wave.
         shared: Which operand two neighbouring blocks load once for both: "a", "b" or "none".
         stages: Depth of the ring; 0 means as deep as shared memory allows.
         group: Tiles of N that are walked together for every step in M, to stay in L2.
         store_slots: Buffers between registers and the asynchronous store.
+        splits: Parts of K that are summed by different blocks, and then with one another.
     """
 
     waves: int = 2
@@ -59,12 +66,13 @@ class Tiling:
     stages: int = 0
     group: int = 8
     store_slots: int = 1
+    splits: int = 1
 
     def __post_init__(self):
         if self.waves not in (1, 2) or self.shared not in ("a", "b", "none"):
             raise ValueError(f"waves must be 1 or 2 and shared 'a', 'b' or 'none', not {self}")
-        if (self.waves, self.warpgroups) not in ((1, 2), (2, 2), (1, 3)):
-            raise ValueError(f"there are registers for 2 consumers, or 3 of one wave, not {self}")
+        if (self.waves, self.warpgroups) not in ((1, 1), (1, 2), (2, 2), (1, 3)):
+            raise ValueError(f"two waves take 2 consumers, one wave 1 to 3 of them, not {self}")
 
     @property
     def rows(self) -> int:
@@ -79,11 +87,28 @@ def choose_tiling(
     operation = f"fp8_matmul, {'tiles' if b_in_tiles else 'blocks'}"
     if found := tilings.measured(device, operation, m, n, k):
         return Tiling(**found)
-    return tiling_by_rule(m, n, b_in_tiles=b_in_tiles, multiprocessors=multiprocessors)
+    return tiling_by_rule(m, n, k, b_in_tiles=b_in_tiles, multiprocessors=multiprocessors)
 
 
-def tiling_by_rule(m: int, n: int, *, b_in_tiles: bool, multiprocessors: int) -> Tiling:
+def tiling_of_few_rows(m: int, n: int, k: int, *, multiprocessors: int) -> Tiling:
+    """Tiles of all the rows there are, split along K so as to read `b` the fastest."""
+    tiles, steps = pl.cdiv(n, TILE), pl.cdiv(k, TILE)
+
+    def cost(splits):
+        rounds, rest = divmod(tiles * splits, multiprocessors)
+        at_work = rounds * max(multiprocessors, _STEP) + (max(rest, _STEP) if rest else 0)
+        # FP32, written and read again.
+        partial_sums = 8 * splits * m * n / TILE**2 if splits > 1 else 0
+        return (pl.cdiv(steps, splits) + _EXTRA_STEPS) * at_work + partial_sums
+
+    splits = min(range(1, max(steps, 1) + 1), key=cost)
+    return Tiling(waves=1, warpgroups=1, shared="none", splits=splits)
+
+
+def tiling_by_rule(m: int, n: int, k: int, *, b_in_tiles: bool, multiprocessors: int) -> Tiling:
     """A tiling for any shape, after what was measured on an H100 (docs/performance.md)."""
+    if m <= _ROWS and not b_in_tiles:
+        return tiling_of_few_rows(m, n, k, multiprocessors=multiprocessors)
     # A tall tile is cheaper per row, unless it leaves multiprocessors idle. With a scale per column
     # as well, promotion takes so long that two consumers cannot hide it: a third can.
     tall = Tiling(waves=1, warpgroups=3, store_slots=2) if b_in_tiles else Tiling(waves=2)
@@ -116,14 +141,15 @@ def fp8_matmul(
 
     Args:
         a: Left operand with 1x128 tile scales.
-        b: Right operand, transposed, with block or tile scales.
+        b: Right operand, transposed, with block or tile scales; with block scales, maybe one of a
+            stack.
         out_dtype: bfloat16 or float32.
         tiling: Instead of the default of `choose_tiling`.
         interpret: Simulate on the CPU. Needs jax 0.11; 0.12 unless ``tiling.shared`` is "none".
     """
-    (m, k), n = a.values.shape, b.values.shape[0]
-    if b.values.shape[1] != k:
-        raise ValueError(f"contracted sizes differ: {k} and {b.values.shape[1]}")
+    (m, k), (n, k_b) = a.values.shape, b.shape
+    if k_b != k:
+        raise ValueError(f"contracted sizes differ: {k} and {k_b}")
     b_in_tiles = not has_block_scales(b)
     if a.scale.shape != (pl.cdiv(k, TILE), m):
         raise ValueError("the left operand needs 1x128 tile scales")
@@ -145,15 +171,22 @@ def fp8_matmul(
     m_pad, k_pad = _round_up(m, 8), _round_up(k, TILE)
     # A result of a single chunk of columns would be overwritten by the chunks beyond its edge:
     # along a dimension of one tile, Mosaic takes every coordinate for zero.
-    store_columns = _STORE_BYTES // jnp.dtype(out_dtype).itemsize
+    stored = jnp.dtype(jnp.float32 if tiling.splits > 1 else out_dtype)
+    store_columns = _STORE_BYTES // stored.itemsize
     n_pad = max(_round_up(n, store_columns), 2 * store_columns)
-    a_values, b_values = _pad(a.values, (m_pad, k_pad)), _pad(b.values, (n_pad, k_pad))
-    a_scale = _pad(a.scale, (pl.cdiv(k, TILE), m_pad))
+    if (n, k) != (n_pad, k_pad):
+        b = b.cut_out()  # and not all of its stack padded
+        b = b._replace(values=_pad(b.values, (n_pad, k_pad)))
+    a_values, a_scale = _pad(a.values, (m_pad, k_pad)), _pad(a.scale, (pl.cdiv(k, TILE), m_pad))
     b_scale = _pad(b.scale, (pl.cdiv(k, TILE), n_pad)) if b_in_tiles else b.scale
 
-    kernel = _Kernel(m_pad, n_pad, k_pad, b_in_tiles, jnp.dtype(out_dtype), tiling)
-    out = kernel.call(multiprocessors, interpret)(a_values, b_values, a_scale, b_scale)
-    return out[:m, :n]
+    layer = () if b.layer is None else (b.layer.reshape(1),)
+    form = dict(b_in_tiles=b_in_tiles, stacked=bool(layer))
+    kernel = _Kernel(m_pad, n_pad, k_pad, out_dtype=stored, tiling=tiling, **form)
+    out = kernel.call(multiprocessors, interpret)(*layer, a_values, b.values, a_scale, b_scale)
+    if tiling.splits > 1:
+        out = jnp.sum(out, axis=0)
+    return out[:m, :n].astype(out_dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("out_dtype", "tiling", "interpret"))
@@ -185,7 +218,7 @@ def fp8_grouped_wgrad(
     if m % TILE or n % TILE:
         raise ValueError(f"M and N must be multiples of {TILE}, not {m} and {n}")
     multiprocessors = compat.multiprocessors()
-    tiling = tiling or tiling_by_rule(m, n, b_in_tiles=True, multiprocessors=multiprocessors)
+    tiling = tiling or tiling_by_rule(m, n, k, b_in_tiles=True, multiprocessors=multiprocessors)
     groups = len(tiles.tiles_G)
     kernel = _Kernel(m, n, k, True, jnp.dtype(out_dtype), tiling, groups)
     call = kernel.call(multiprocessors, interpret)
@@ -208,7 +241,10 @@ class _Kernel:
     """One compiled shape: the numbers that the producer and the consumers must agree on.
 
     With ``groups``, there is a product for each of them, over its own part of K: which tiles of K
-    these are is read from two arrays, the first and the number of each group's.
+    these are is read from two arrays, the first and the number of each group's. Just so there is a
+    product for each of the tiling's ``splits``, over an equal part of K.
+
+    Where `b` is ``stacked``, the number of its layer in the stack is read from an array, too.
     """
 
     m: int
@@ -218,6 +254,7 @@ class _Kernel:
     out_dtype: jnp.dtype
     tiling: Tiling
     groups: int = 0
+    stacked: bool = False
 
     @property
     def wave_rows(self) -> int:
@@ -247,8 +284,14 @@ class _Kernel:
         return m_tiles, n_tiles
 
     @property
+    def products(self) -> int:
+        """Results, each over its own part of K."""
+        return self.groups or self.tiling.splits
+
+    @property
     def out_shape(self) -> tuple[int, ...]:
-        return (*((self.groups,) if self.groups else ()), self.m, self.n)
+        several = (self.products,) if self.groups or self.products > 1 else ()
+        return (*several, self.m, self.n)
 
     @property
     def store_columns(self) -> int:
@@ -267,25 +310,29 @@ class _Kernel:
     def grid(self) -> tuple[int]:
         """Number of tiles, counted in clusters."""
         m_tiles, n_tiles = self.cluster_grid
-        return (max(self.groups, 1) * m_tiles * n_tiles,)
+        return (self.products * m_tiles * n_tiles,)
 
-    def group(self, index):
-        """The group of the ``index``-th tile that this cluster takes, and the index within it."""
-        each = jnp.int32(self.grid[0] // max(self.groups, 1))
+    def product(self, index):
+        """Whose tile the ``index``-th is that this cluster takes, and the index within that."""
+        each = jnp.int32(self.grid[0] // self.products)
         return lax.div(index, each), lax.rem(index, each)
 
     def k_range(self, index, groups):
         """The first tile of K that is summed for the ``index``-th tile, and the number of them."""
-        if not self.groups:
+        product, _ = self.product(index)
+        if self.groups:
+            first, count = groups
+            return first[product], count[product]
+        if self.products == 1:
             return jnp.int32(0), self.k_steps
-        group, _ = self.group(index)
-        first, count = groups
-        return first[group], count[group]
+        each = pl.cdiv(self.k_steps, self.products)
+        first = product * each
+        return first, lax.clamp(jnp.int32(0), self.k_steps - first, jnp.int32(each))
 
     def tile(self, index):
         """(row of tiles, column of tiles) of the ``index``-th tile that this cluster takes."""
-        if self.groups:
-            _, index = self.group(index)
+        if self.products > 1:
+            _, index = self.product(index)
         m_tile, n_tile = plgpu.planar_snake(index, self.cluster_grid, 1, self.tiling.group)
         if self.tiling.shared == "a":
             n_tile = 2 * n_tile + lax.axis_index("cluster")
@@ -330,7 +377,10 @@ class _Kernel:
 
         def body(*refs):
             groups, refs = (refs[:2], refs[2:]) if self.groups else (None, refs)
+            layer, refs = (refs[0], refs[1:]) if self.stacked else (None, refs)
             (a, b, a_scale, b_scale, out), refs = refs[:5], refs[5:]
+            if layer is not None:
+                b, b_scale = b.at[layer[0]], b_scale.at[layer[0]]
             refs = dict.fromkeys(scratch) | dict(zip(names, refs, strict=True))
             warpgroup = lax.axis_index("warpgroup")
             pl.when(warpgroup == self.tiling.warpgroups)(
@@ -354,7 +404,8 @@ class _Kernel:
 
     def produce(self, groups, a, b, a_scale, b_scale, refs):
         """Keep the ring full; what the consumers still have to read must not be overwritten."""
-        plgpu.set_max_registers(_REGISTERS[self.tiling.warpgroups][0], action="decrease")
+        if self.tiling.warpgroups in _REGISTERS:
+            plgpu.set_max_registers(_REGISTERS[self.tiling.warpgroups][0], action="decrease")
         a_axis = "cluster" if self.tiling.shared == "a" else None
         b_axis = "cluster" if self.tiling.shared == "b" else None
 
@@ -393,7 +444,8 @@ class _Kernel:
 
     def consume(self, groups, warpgroup, b_scale, out, refs):
         """Multiply, promote, and store one tile after the other."""
-        plgpu.set_max_registers(_REGISTERS[self.tiling.warpgroups][1], action="increase")
+        if self.tiling.warpgroups in _REGISTERS:
+            plgpu.set_max_registers(_REGISTERS[self.tiling.warpgroups][1], action="increase")
         rows = pl.ds(warpgroup * _ROWS, _ROWS)
         tile_shape = (_ROWS, TILE)
         last_block = b_scale.shape[0] - 1
@@ -402,11 +454,11 @@ class _Kernel:
         @plgpu.nd_loop(self.grid, collective_axes="sm", init_carry=jnp.int32(0))
         def per_tile(info, carry):
             slot, (m_tile, n_tile) = carry, self.tile(info.index[0])
-            _, k_steps = self.k_range(info.index[0], groups)
+            first_k, k_steps = self.k_range(info.index[0], groups)
 
             def block_scale(k):
                 # An odd number of tiles leaves a cluster's second block without one.
-                k = lax.min(k, jnp.int32(self.k_steps - 1))
+                k = lax.min(first_k + k, jnp.int32(self.k_steps - 1))
                 return b_scale[lax.min(n_tile, jnp.int32(last_block)), k]
 
             def step(k, carry):
@@ -449,7 +501,7 @@ class _Kernel:
             zeros = tuple(jnp.zeros(tile_shape, jnp.float32) for _ in range(self.tiling.waves))
             first_scale_b = None if self.b_in_tiles else block_scale(jnp.int32(0))
             carry = lax.fori_loop(0, k_steps, step, (slot, first_scale_b, zeros))
-            target = out.at[self.group(info.index[0])[0]] if self.groups else out
+            target = out.at[self.product(info.index[0])[0]] if len(out.shape) == 3 else out
             self.store(warpgroup, m_tile, n_tile, carry[2], target, refs["out_smem"])
             return carry[0]
 

@@ -12,11 +12,16 @@ import pytest
 from deepseek_jax import DeepSeekV3, UserError, sharding
 from deepseek_jax.config import FLOAT32
 from deepseek_jax.convert import fp8_params, load_hf
-from deepseek_jax.generate import Engine, EngineConfig, Request, Sampling
+from deepseek_jax.generate import Engine, EngineConfig, Request, Sampling, slots
 from deepseek_jax.generate import engine as generate_engine
 from deepseek_jax.generate.engine import serving_params
 from deepseek_jax.model.dispatch import ExpertParallel
-from deepseek_jax.model.transformer import init_cache, logical_axes, sharded_params
+from deepseek_jax.model.transformer import (
+    init_cache,
+    logical_axes,
+    serving_variables,
+    sharded_params,
+)
 from deepseek_jax.train.lora import LoraConfig, adapters, attach, init_adapter
 from deepseek_jax.train.losses import Totals, pretrain_loss
 from deepseek_jax.types import Batch
@@ -114,8 +119,8 @@ def test_on_gpus_the_contracted_axes_lie_last_and_nothing_else_changes(kept, exp
         ).format.layout.major_to_minor
 
     assert order("moe_layers", "moe", "w1") == (0, 1, 3, 2)  # layers, experts, outputs, inputs
-    assert order("moe_layers", "attn", "wq_b") == (2, 3, 0, 1)
-    assert order("moe_layers", "attn", "wo") == (3, 0, 1, 2)
+    assert order("moe_layers", "attn", "wq_b") == (0, 2, 3, 1)
+    assert order("moe_layers", "attn", "wo") == (0, 3, 1, 2)
     assert order("moe_layers", "attn", "wkv_b") == (0, 1, 2, 3)
     assert order("embed") == (0, 1)
     np.testing.assert_array_equal(all_logits()(laid, bias, tokens()), expected)
@@ -216,6 +221,64 @@ def test_products_in_fp8_on_a_mesh(mesh_text, dispatcher, folder, plain):
     with jax.set_mesh(mesh):
         got = np.asarray(all_logits(model)(params, bias, tokens()))
     assert np.abs(got - expected).mean() < 0.1 * np.std(expected)
+
+
+def decoded(model, variables, bias):
+    """Logits by decoding's form of attention."""
+    decode = functools.partial(model.apply, method="decode")
+    return decode(variables, tokens(), bias, init_cache(model.config, B, T))[0]
+
+
+def test_decoding_in_fp8_reads_layers_in_their_stacks(kept):
+    """The same to the last bit as with every layer's own slices, none of which is cut."""
+    params, bias = kept
+    variables = serving_variables(IN_FP8, params)
+    run = functools.partial(decoded, IN_FP8)
+    got, want = (jax.jit(run)(v, bias) for v in (variables, {"params": params}))
+    np.testing.assert_array_equal(got, want)
+    attn = variables["params"]["moe_layers"]["attn"]
+    assert attn["wo"].tolist() == [0, 1]
+    assert attn["wkv_b"] is params["moe_layers"]["attn"]["wkv_b"]
+    # The loop over layers takes what it slices as arrays of all layers, less an axis.
+    jaxpr = jax.make_jaxpr(run)(variables, bias)
+    scans = [e for e in jaxpr.eqns if e.primitive.name == "scan" and e.params["length"] == 2]
+    assert scans
+    for scan in scans:
+        first = scan.params["num_consts"] + scan.params["num_carry"]
+        sliced = [v.aval for v in scan.invars[first:] if v.aval.dtype == E4M3]
+        assert [aval.shape for aval in sliced] == [(2, 144, 4, 80)], "wkv_b alone"
+
+
+def test_what_has_an_adapter_is_not_left_in_its_stack(kept):
+    config = LoraConfig(lora_rank=3, lora_targets=("attention",))
+    params = attach(kept[0], init_adapter(IN_FP8, config, jax.random.key(0)), 1.0)
+    stacks = serving_variables(IN_FP8, params)["stacks"]["moe_layers"]
+    assert not stacks["attn"]
+    assert "w1" in stacks["moe"]
+
+
+@pytest.mark.slow
+def test_the_engine_in_fp8_says_the_same_out_of_stacks(kept, monkeypatch):
+    sizes = EngineConfig(slots=4, max_length=T, lanes=2, prefill_chunk=4, rounds=2)
+    requests = [Request([1 + i, 7, 3 * i, 9], Sampling(T - 4, temperature=0.0)) for i in range(3)]
+
+    def said():
+        jax.clear_caches()
+        return {c.request: c.tokens for c in Engine(IN_FP8, *kept, sizes).generate(requests)}
+
+    found = said()
+    monkeypatch.setattr(slots, "serving_variables", lambda _, params: {"params": params})
+    assert found == said()
+
+
+@pytest.mark.parametrize("name", ["wo", "wo_scale"])
+def test_a_stack_of_another_shape_is_refused(name, kept):
+    moe = kept[0]["moe_layers"]
+    attn = moe["attn"] | {name: moe["attn"][name][..., :1]}
+    params = kept[0] | {"moe_layers": moe | {"attn": attn}}
+    run = functools.partial(decoded, IN_FP8)
+    with pytest.raises(UserError, match=rf"attn/{name} has shape .* do the weights belong"):
+        jax.eval_shape(run, serving_variables(IN_FP8, params), kept[1])
 
 
 # --- LoRA ------------------------------------------------------------------------------------

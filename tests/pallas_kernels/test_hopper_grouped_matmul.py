@@ -97,6 +97,21 @@ def test_fp8(tall, sizes, interpret):
 
 
 @simulated_and_real
+@pytest.mark.parametrize("n", [64, 384])
+def test_one_of_a_stack(n, interpret):
+    """The matrices of a layer's groups, out of those of all layers; rows of no group included."""
+    x, _, group_sizes = matrices([9, 0, 30], 256, n, padding=5)
+    of_layers = [matrices([9, 0, 30], 256, n, seed)[1].swapaxes(1, 2) for seed in range(3)]
+    layers = [quantize.quantize_blocks(w) for w in of_layers]
+    stack = jax.tree.map(lambda *each: jnp.stack(each), *layers)
+    multiply = functools.partial(hopper.fp8_grouped_matmul, interpret=interpret)
+    a = quantize.quantize_tiles(x)
+    for layer, alone in enumerate(layers):
+        got = multiply(a, stack._replace(layer=jnp.int32(layer)), group_sizes)
+        np.testing.assert_array_equal(got, multiply(a, alone, group_sizes))
+
+
+@simulated_and_real
 @pytest.mark.parametrize("sizes", [[100, 0, 28, 77], [0, 0, 0]], ids=str)
 @pytest.mark.parametrize("padding", [3, 200])
 @pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])

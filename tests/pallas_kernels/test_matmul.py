@@ -108,6 +108,24 @@ def test_matches_float64(multiply, tile_error, m, n, k, b_in_tiles):
 
 
 @each_implementation
+@pytest.mark.parametrize(("m", "n", "k"), [(8, 256, 384), (1, 192, 128), (72, 72, 300)])
+def test_one_of_a_stack(multiply, tile_error, m, n, k):
+    """Every layer's product is that of its matrix by itself, to the last bit."""
+    a, _ = operands(m, n, k)
+    layers = [operands(m, n, k, seed=seed)[1] for seed in range(3)]
+    stack = jax.tree.map(lambda *each: jnp.stack(each), *layers)
+    if multiply.func is tpu.fp8_matmul:  # the choice of a backend cuts it out
+        multiply = functools.partial(_cut_out_first, multiply)
+    of_layer = jax.jit(lambda layer: multiply(a, stack._replace(layer=layer)))
+    for layer, alone in enumerate(layers):
+        np.testing.assert_array_equal(of_layer(jnp.int32(layer)), multiply(a, alone))
+
+
+def _cut_out_first(multiply, a, b):
+    return multiply(a, b.cut_out())
+
+
+@each_implementation
 @pytest.mark.parametrize("n", [8, 64, 96])
 def test_bfloat16_result(multiply, tile_error, n):
     check(multiply, tile_error, *operands(72, n, 256), out_dtype=jnp.bfloat16)
@@ -202,6 +220,48 @@ def test_hopper_tilings(m, n, tiling, out_dtype, b_in_tiles):
     check(multiply, FP32, *operands(m, n, 640, b_in_tiles=b_in_tiles), out_dtype=out_dtype)
 
 
+@needs_simulation
+@pytest.mark.parametrize("out_dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("m", [1, 8, 32, 64])
+@pytest.mark.parametrize(("n", "k", "splits"), [(192, 640, 3), (8, 300, 2), (128, 256, 5)])
+def test_few_rows_split_along_k(m, n, k, splits, out_dtype):
+    """Parts of unequal size, of none (five of two steps), and of a last step cut short."""
+    multiply = simulated(waves=1, warpgroups=1, shared="none", stages=2, splits=splits)
+    check(multiply, FP32, *operands(m, n, k), out_dtype=out_dtype)
+
+
+@needs_simulation
+def test_a_split_of_one_of_a_stack():
+    a, b = operands(8, 128, 640)
+    stack = Quantized(jnp.stack([0 * b.values, b.values]), jnp.stack([b.scale, b.scale]))
+    multiply = simulated(waves=1, warpgroups=1, shared="none", stages=2, splits=2)
+    got = multiply(a, stack._replace(layer=jnp.int32(1)), out_dtype=jnp.float32)
+    np.testing.assert_array_equal(got, multiply(a, b, out_dtype=jnp.float32))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 8, 32, 64])
+@pytest.mark.parametrize(("n", "k"), [(2048, 7168), (2112, 7168), (24576, 1536), (72, 1000)])
+def test_few_rows_on_the_device(m, n, k):
+    """As many parts as the rule says, and others, with one consumer and with two."""
+    a, b = operands(m, n, k)
+    for warpgroups, splits in ((0, 0), (1, 1), (1, 3), (2, 4)):
+        tiling = None
+        if splits:
+            tiling = hopper.Tiling(waves=1, warpgroups=warpgroups, shared="none", splits=splits)
+        check(functools.partial(hopper.fp8_matmul, tiling=tiling), TENSOR_CORE, a, b)
+
+
+@pytest.mark.parametrize("m", [1, 32, 64])
+@pytest.mark.parametrize(("n", "k"), [(2048, 7168), (576, 7168), (7168, 16384), (24576, 1536)])
+def test_few_rows_keep_multiprocessors_busy(m, n, k):
+    """Either many read at once, or there are tiles enough; and no part of K is empty."""
+    tiling = hopper.tiling_of_few_rows(m, n, k, multiprocessors=132)
+    tiles, steps = -(-n // 128), k // 128
+    assert tiles * tiling.splits >= 66
+    assert (tiling.splits - 1) * -(-steps // tiling.splits) < steps
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("warpgroups", [2, 3])
 @pytest.mark.parametrize("shared", ["none", "a", "b"])
@@ -213,7 +273,9 @@ def test_hopper_tilings_on_the_device(warpgroups, shared):
 
 
 @pytest.mark.parametrize("b_in_tiles", [False, True])
-@pytest.mark.parametrize(("m", "n", "k"), [(4096, 7168, 2048), (4096, 576, 7168), (100, 100, 100)])
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(4096, 7168, 2048), (4096, 576, 7168), (100, 100, 100), (1, 2048, 7168)]
+)
 def test_hopper_lowers_without_a_device(m, n, k, b_in_tiles):
     """Catches what a new jax changes in Pallas, where neither a GPU nor a simulation is at hand."""
     shape = jax.ShapeDtypeStruct

@@ -26,7 +26,7 @@ def choose(m, n=512, k=1024, device="a GPU", b_in_tiles=False):
 
 def test_an_entry_holds_from_its_m_to_the_next(table):
     rule = choose(300)
-    assert rule == matmul.tiling_by_rule(300, 512, b_in_tiles=False, multiprocessors=132)
+    assert rule == matmul.tiling_by_rule(300, 512, 1024, b_in_tiles=False, multiprocessors=132)
     for m, tiling in ((256, A), (400, B)):
         entry = dict(m=m, n=512, k=1024, tiling=tiling)
         autotune.write("a GPU", "fp8_matmul, blocks", (m, 512, 1024), entry)
@@ -41,10 +41,24 @@ def test_an_entry_holds_from_its_m_to_the_next(table):
         dict(m=300, device="other"),
     ):
         rule = matmul.tiling_by_rule(
-            other["m"], other.get("n", 512), b_in_tiles=False, multiprocessors=132
+            other["m"],
+            other.get("n", 512),
+            other.get("k", 1024),
+            b_in_tiles=False,
+            multiprocessors=132,
         )
         assert choose(**other) == rule
     assert choose(300, b_in_tiles=True) != matmul.Tiling(**A)
+
+
+def test_few_rows_are_split_unless_the_table_has_them(table):
+    assert choose(1) == matmul.tiling_of_few_rows(1, 512, 1024, multiprocessors=132)
+    assert choose(1).splits > 1
+    assert choose(65).splits == choose(1, b_in_tiles=True).splits == 1
+    autotune.write(
+        "a GPU", "fp8_matmul, blocks", (1, 512, 1024), dict(m=1, n=512, k=1024, tiling=A)
+    )
+    assert choose(1) == matmul.Tiling(**A)
 
 
 def test_writing_replaces_one_shape_and_keeps_the_rest(table):
@@ -59,7 +73,9 @@ def test_writing_replaces_one_shape_and_keeps_the_rest(table):
     entries = json.loads(table.read_text())["a GPU"]["fp8_matmul, blocks"]
     assert [(e["m"], e["tiling"]) for e in entries] == [(256, B), (512, B)]
     write("a GPU", 256, None)  # the rule is as good
-    assert choose(256) == matmul.tiling_by_rule(256, 512, b_in_tiles=False, multiprocessors=132)
+    assert choose(256) == matmul.tiling_by_rule(
+        256, 512, 1024, b_in_tiles=False, multiprocessors=132
+    )
     assert choose(256, device="another") == matmul.Tiling(**B)
 
 
@@ -74,7 +90,7 @@ def test_the_real_table_holds_tilings_that_exist():
 
 @pytest.mark.parametrize("b_in_tiles", [False, True])
 def test_candidates_start_with_the_rule_and_are_all_different(b_in_tiles):
-    rule = matmul.tiling_by_rule(4096, 4096, b_in_tiles=b_in_tiles, multiprocessors=132)
+    rule = matmul.tiling_by_rule(4096, 4096, 4096, b_in_tiles=b_in_tiles, multiprocessors=132)
     found = autotune.candidates(rule, b_in_tiles=b_in_tiles)
     assert found[0] == rule
     assert len(set(found)) == len(found) >= 8

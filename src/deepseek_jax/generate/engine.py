@@ -175,17 +175,14 @@ def _stays(name: str, dtype: Any, names: tuple[str | None, ...]) -> bool:
 def _for_gpu(name: str, x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
     """FP8 tensor cores want the contracted axis last: in memory it then is, whatever the shape.
 
-    Else every call would begin with transposing the matrices of all layers, and hold both. Where
-    the layers' axis must lie for that is what XLA makes of a transpose in the loop over layers:
-    beside the experts', but else beside the contracted one. Not ``wkv_b``, which decoding
-    multiplies out in the order of its axes.
+    Else every call would begin with transposing the matrices of all layers, and hold both. Not
+    ``wkv_b``, which decoding multiplies out in the order of its axes.
     """
     if x.dtype != jnp.float8_e4m3fn or name == "wkv_b":
         return x
     lead, split = sharding.matrix_axes(names)
     stack, inputs, outputs = range(lead), range(lead, split), range(split, x.ndim)
-    order = (*stack, *outputs, *inputs) if "expert" in names else (*outputs, *stack, *inputs)
-    return jax.device_put(x, Format(Layout(order), x.sharding))
+    return jax.device_put(x, Format(Layout((*stack, *outputs, *inputs)), x.sharding))
 
 
 @functools.lru_cache(maxsize=8)

@@ -14,7 +14,13 @@ from jaxtyping import Float, Int, UInt32
 
 from deepseek_jax import sharding
 from deepseek_jax.generate.sampling import DRAFT, SAMPLE, Controls, draw, log_probs, verify
-from deepseek_jax.model.transformer import DeepSeekV3, cache_specs, init_cache, logical_axes
+from deepseek_jax.model.transformer import (
+    DeepSeekV3,
+    cache_specs,
+    init_cache,
+    logical_axes,
+    serving_variables,
+)
 from deepseek_jax.types import Array, KVCache, Params
 
 IDLE, RUNNING, STOPPED, FULL, NOT_FINITE = range(5)
@@ -187,7 +193,7 @@ def prefill(
     """
 
     def read(params, bias_LE, lanes, tokens_BT, next_BT, count_B, fresh_B):
-        apply = functools.partial(model.apply, {"params": params})
+        apply = functools.partial(model.apply, serving_variables(model, params))
         length_B = jnp.where(fresh_B == 1, 0, lanes.cache.length_B)
         window_BWD = jnp.where(fresh_B[:, None, None] == 1, 0, lanes.window_BWD)
         cache = lanes.cache._replace(length_B=length_B)
@@ -445,7 +451,8 @@ def _extend(
 ) -> tuple[jax.Array, Slots]:
     """The states of further tokens; they are in the cache, but its lengths stay as they were."""
     length_B = slots.cache.length_B
-    out: Any = model.apply({"params": params}, tokens_BT, bias_LE, slots.cache, method="extend")
+    variables = serving_variables(model, params)
+    out: Any = model.apply(variables, tokens_BT, bias_LE, slots.cache, method="extend")
     h_BTD, cache, experts_LBTK = out
     experts = _put_experts(slots.experts_LBSK, experts_LBTK, length_B)
     return h_BTD, slots._replace(cache=cache._replace(length_B=length_B), experts_LBSK=experts)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from deepseek_jax import sharding
 from deepseek_jax.config import ModelConfig, Precision
 from deepseek_jax.sharding import LORA_A, LORA_B, SCALE
-from deepseek_jax.types import UserError
+from deepseek_jax.types import Params, UserError
 from pallas_kernels import backend
 from pallas_kernels.linear import fp8_linear, fp8_swiglu_ffn
 from pallas_kernels.reference import E4M3, TILE, Quantized
@@ -24,6 +24,8 @@ from pallas_kernels.reference import E4M3, TILE, Quantized
 # A matrix as computation takes it: an array, or, where the products are in FP8 and the weights
 # have been kept so, its values and the scales of its blocks, as they are.
 Weight = jax.Array | Quantized
+# The collection of variables with the weights of all layers, see `left_in_stacks`.
+STACKS = "stacks"
 
 
 def dot(
@@ -114,7 +116,8 @@ def linears(
 
     def matrix(w: Weight) -> Weight:
         if isinstance(w, Quantized):
-            return Quantized(w.values.reshape(K, -1), w.scale)
+            stack = w.values.shape[: w.values.ndim - len(w.shape)]
+            return w._replace(values=w.values.reshape(*stack, K, -1))
         return w.reshape(K, -1)
 
     y_MN = fp8_linear(x.reshape(-1, K), tuple(matrix(w) for w in ws))
@@ -249,8 +252,11 @@ class ParamModule(nn.Module):
 
         Per device it comes whole along the axes that it is only stored by (``sharding.STORED``).
         One kept in FP8 is multiplied out here, or, where products are in FP8 and no ``dtype`` is
-        asked for, comes as ``Quantized``.
+        asked for, comes as ``Quantized``. Where all layers have left theirs in ``STACKS``, the
+        parameter is the number of the layer.
         """
+        if self.has_variable(STACKS, name):
+            return self._of_stack(name, shape, axes)
         init = nn.initializers.normal(self.config.initializer_range)
         stored = self._declare(name, init, shape, axes)
         adapted = self.has_variable("params", name + LORA_A)
@@ -283,11 +289,10 @@ class ParamModule(nn.Module):
                 "gives both, or in bfloat16."
             )
         lead, split = sharding.matrix_axes(axes)
-        blocks = (-(-math.prod(part) // TILE) for part in (shape[lead:split], shape[split:]))
         scale = self._declare(
             name + SCALE,
             nn.initializers.ones_init(),
-            (*shape[:lead], *blocks),
+            _scale_shape(shape, axes),
             sharding.beside(axes, SCALE),
         )
         values = sharding.gathered(stored, axes, shape, E4M3)
@@ -304,6 +309,14 @@ class ParamModule(nn.Module):
             own = -(-size // TILE)
             scale = jax.lax.dynamic_slice_in_dim(scale, start // TILE, own, axis)
         return Quantized(values, scale)
+
+    def _of_stack(self, name: str, shape: tuple[int, ...], axes: Any) -> Quantized:
+        """This layer's entry of the stack of all layers, where it lies."""
+        stack: Any = self.get_variable(STACKS, name)
+        self._check(name, stack.values.shape[1:], (shape,))
+        self._check(name + SCALE, stack.scale.shape[1:], (_scale_shape(shape, axes),))
+        number: Any = self.get_variable("params", name)
+        return stack._replace(layer=number)
 
     def _low_rank(
         self, name: str, axes: tuple[str | None, ...], shape: tuple[int, ...]
@@ -330,13 +343,46 @@ class ParamModule(nn.Module):
             return boxed  # Flax has taken it out of its box
         # Not through ``self.param``, which would compare a device's part with the whole shape.
         value: Any = self.get_variable("params", name)
-        expected = sharding.local_shapes(axes, shape)
-        if value.shape not in expected:
+        self._check(name, value.shape, sharding.local_shapes(axes, shape))
+        return value
+
+    def _check(
+        self, name: str, shape: tuple[int, ...], expected: Sequence[tuple[int, ...]]
+    ) -> None:
+        if shape not in expected:
             raise UserError(
-                f"parameter {'/'.join((*self.path, name))} has shape {value.shape}, not "
+                f"parameter {'/'.join((*self.path, name))} has shape {shape}, not "
                 f"{expected[0]}; do the weights belong to this config?"
             )
-        return value
+
+
+def left_in_stacks(params: Params) -> tuple[Params, Params]:
+    """Parameters of all layers for a scan over layers, and what goes to each of them whole.
+
+    A scan cuts every layer's slice out of every parameter. Where a kernel multiplies it, that is a
+    copy, of as many bytes as the product reads. So stacks of FP8 matrices are left out, as the
+    collection ``STACKS``, and the scan cuts the number of its layer for each instead. Not so what
+    is not multiplied as it is: matrices with an adapter, and ``wkv_b``, which decoding absorbs.
+    """
+    sliced, stacks = {}, {}
+    for name, x in params.items():
+        if isinstance(x, dict):
+            sliced[name], stacks[name] = left_in_stacks(x)
+            continue
+        scaled = x.dtype == E4M3 and name + SCALE in params
+        if scaled and name != "wkv_b" and name + LORA_A not in params:
+            sliced[name] = jnp.arange(len(x), dtype=jnp.int32)
+            stacks[name] = Quantized(x, params[name + SCALE])
+        else:
+            sliced[name] = x
+    return sliced, stacks
+
+
+def _scale_shape(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> tuple[int, ...]:
+    """Of the scales of a parameter's blocks."""
+    lead, split = sharding.matrix_axes(axes)
+    sides = math.prod(shape[lead:split]), math.prod(shape[split:])
+    return (*shape[:lead], *(-(-side // TILE) for side in sides))
 
 
 class FeedForward(ParamModule):

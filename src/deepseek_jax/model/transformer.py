@@ -16,10 +16,12 @@ from deepseek_jax.model.attention import CUDNN_ATTENTION, MLA, Positions
 from deepseek_jax.model.dispatch import ExpertParallel
 from deepseek_jax.model.layers import (
     GATHERED,
+    STACKS,
     FeedForward,
     LogicalAxes,
     ParamModule,
     contract,
+    left_in_stacks,
     lookup,
     rms_norm,
     tokens_whole,
@@ -172,6 +174,7 @@ class DeepSeekV3(ParamModule):
             nn.scan,
             block,
             variable_axes={"params": 0},
+            variable_broadcast=STACKS,
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast),
             metadata_params={nn.PARTITION_NAME: "layers"},
@@ -339,6 +342,20 @@ class DeepSeekV3(ParamModule):
 # --- parameters ------------------------------------------------------------------------------
 
 
+def serving_variables(model: DeepSeekV3, params: Params) -> dict[str, Params]:
+    """What ``apply`` takes for ``extend``, with FP8 matrices read where they lie.
+
+    Not on a mesh, which may cut a matrix inside its blocks.
+    """
+    if model.precision.matmuls != "fp8" or not jax.sharding.get_abstract_mesh().empty:
+        return {"params": params}
+    kept, stacks = dict(params), {}
+    for name in ("dense_layers", "moe_layers"):
+        if name in params:
+            kept[name], stacks[name] = left_in_stacks(params[name])
+    return {"params": kept, STACKS: stacks}
+
+
 def _abstract_boxed(model: DeepSeekV3) -> Any:
     """Shapes and logical axes of all parameters; no device is asked for anything."""
     config = model.config
@@ -456,7 +473,8 @@ def decode_step(
     """
 
     def decode(params, bias_LE, tokens_BT, cache):
-        return model.apply({"params": params}, tokens_BT, bias_LE, cache, method="decode")
+        variables = serving_variables(model, params)
+        return model.apply(variables, tokens_BT, bias_LE, cache, method="decode")
 
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or len(tokens_BT) % sharding.batch_shards(mesh):
