@@ -97,7 +97,7 @@ def swiglu_gradient(
         params=_PARAMS,
     )
     inputs = () if factors_M is None else (factors_M.astype(jnp.float32),)
-    out = kernel(tiles.count, tiles.first_T, tiles.low_T, tiles.high_T, *gate_up, dh_MK, *inputs)
+    out = kernel(tiles.count, tiles.first_T, tiles.low_T, tiles.high_T, *gate_up[:2], dh_MK, *inputs)
     pairs = [Quantized(*out[i : i + 2]) for i in range(0, column_outs, 2)]
     rows, columns = tuple(pairs[: row_outs // 2]), tuple(pairs[row_outs // 2 :])
     return rows, columns, None if factors_M is None else out[-1]
