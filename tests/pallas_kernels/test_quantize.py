@@ -344,8 +344,13 @@ def compare_swiglu_gradient(got, want, tiles, rows, compare):
 
 
 def random_swiglu_gradient(m, k, rows, with_factors, seed=0):
-    """Gate, up, the gradient of their product, and factors; past the rows NaN, as it may be."""
-    gate_up = random_matrix(m, 2 * k, seed).at[rows:].set(jnp.nan).astype(jnp.bfloat16)
+    """Gate, up, the gradient of their product, and factors; past the rows NaN, as it may be.
+
+    From a gate of -44 on, the quotient's derivative by autodiff divides by a square that overflows:
+    a part of a gradient of 1e-20 is lost, which in a tile of one row is the largest.
+    """
+    gate_up = jnp.maximum(random_matrix(m, 2 * k, seed), -40)
+    gate_up = gate_up.at[rows:].set(jnp.nan).astype(jnp.bfloat16)
     dh = random_matrix(m, k, seed + 1).at[rows:].set(0).astype(jnp.bfloat16)
     factors = random_matrix(m, 1, seed + 2)[:, 0].at[rows:].set(jnp.nan) if with_factors else None
     return quantize.quantize_tiles(gate_up), dh, factors
@@ -429,6 +434,17 @@ def assert_nearly_all_equal(got, want):
     got, want = (np.asarray(q.values, np.float32) for q in (got, want))
     np.testing.assert_allclose(got, want, rtol=2.0**-3, atol=2.0**-9)
     assert np.mean(got != want) < 1e-2
+
+
+@simulated_and_real
+def test_swiglu_gradient_in_one_pass_where_its_exponential_overflows(interpret):
+    gate = jnp.linspace(-1e4, 1e4, 128 * 128).reshape(128, 128)
+    gate_up = quantize.quantize_tiles(jnp.concatenate([gate, gate], axis=1).astype(jnp.bfloat16))
+    dh = jnp.ones((128, 128), jnp.bfloat16)
+    tiles = tiles_of([128], 128)
+    rows, columns, _ = hopper_swiglu.swiglu_gradient(gate_up, dh, tiles, interpret=interpret)
+    assert all(np.isfinite(reference.dequantize(q)).all() for q in (*rows, *columns))
+    assert (np.asarray(rows[0].values[0], np.float32) == 0).all()
 
 
 def test_swiglu_gradient_is_near_that_in_float32():
