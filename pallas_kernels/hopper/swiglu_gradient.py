@@ -1,12 +1,14 @@
 """The gradient of a SwiGLU on Hopper: all that a backward pass multiplies, in one pass.
 
-A block of threads takes 128 rows and 128 columns of the product, and so as many of ``gate`` as of
-``up``, and puts the product and both gradients into shared memory in BF16. From there they are
-quantized by row, as they lie, and by column, read transposed as in
-`pallas_kernels.hopper.quantize_both`. What they are made of is fetched 16 rows ahead.
+A block of threads takes 128 rows and 128 columns of one of three results: the gradient of ``gate``,
+that of ``up``, or the product. Rows are quantized straight from registers; the transpose is read
+from shared memory, as in `pallas_kernels.hopper.quantize_both`. What a result is made of is fetched
+16 rows ahead.
 
-Bound by device memory: of a column of the product 4 bytes move in (gate, up, and the gradient in
-BF16) and 5 out.
+Of a column of the product 4 bytes move in (gate, up, and the gradient in BF16) and 5 out. The three
+blocks that read the same follow one another, so that two of them find it in the cache. One block
+for all three, which would read it once, needs so much shared memory that too few of them are at
+work at a time: it was four times slower than device memory.
 """
 
 import functools
@@ -25,11 +27,8 @@ from pallas_kernels.hopper.quantize_both import EIGHT_BITS, ONE_EACH, SIXTEEN_BI
 from pallas_kernels.reference import E4M3, TILE, Quantized, RaggedTiles, scales_of
 
 _ROWS = 16  # of a tile, in registers at a time, and as many that are on their way
-_ROWS_AGAIN = 32  # of one result at a time
 _COLUMNS = 64  # likewise, of its transpose
-# What shared memory holds in FP32, for all rows the scales of both gradients and the sums, and the
-# scales of columns: one array, as each begins at a whole kilobyte.
-_SCALES, _SUMS, _COLUMNS_SCALE = (0, TILE), 2 * TILE, 3 * TILE
+_GATE, _UP, _PRODUCT = range(3)
 # All barriers are written out: every access of shared memory by itself would make two.
 _PARAMS = dict(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0)
 
@@ -81,89 +80,100 @@ def swiglu_gradient(
     column_outs = len(out_type)
     if factors_M is not None:
         out_type += (shape((k // TILE, m), jnp.float32),)
-    block = plgpu.SMEM((TILE, TILE), jnp.bfloat16, transforms=SIXTEEN_BITS)
-    scratch = [
-        *[block] * (3 if by_column else 2),
-        plgpu.SMEM((_COLUMNS, TILE), E4M3, transforms=EIGHT_BITS),
-        plgpu.SMEM((_COLUMNS_SCALE + _COLUMNS,), jnp.float32),
-    ]
     kernel = compat.kernel(
         functools.partial(_body, outs=(row_outs, column_outs, len(out_type))),
         interpret=interpret,
         out_type=out_type,
-        grid=(most, k // TILE),
-        grid_names=("tile", "columns"),
-        scratch_types=scratch,
+        grid=(most, k // TILE, 3 if by_column or factors_M is not None else 2),
+        grid_names=("tile", "columns", "result"),
+        scratch_types=[
+            plgpu.SMEM((TILE, TILE), jnp.bfloat16, transforms=SIXTEEN_BITS),
+            plgpu.SMEM((_COLUMNS, TILE), E4M3, transforms=EIGHT_BITS),
+            plgpu.SMEM((TILE,), jnp.float32),
+            plgpu.SMEM((_COLUMNS,), jnp.float32),
+        ],
         params=_PARAMS,
     )
     inputs = () if factors_M is None else (factors_M.astype(jnp.float32),)
-    out = kernel(tiles.count, tiles.first_T, tiles.low_T, tiles.high_T, *gate_up[:2], dh_MK, *inputs)
+    out = kernel(
+        tiles.count, tiles.first_T, tiles.low_T, tiles.high_T, *gate_up[:2], dh_MK, *inputs
+    )
     pairs = [Quantized(*out[i : i + 2]) for i in range(0, column_outs, 2)]
     rows, columns = tuple(pairs[: row_outs // 2]), tuple(pairs[row_outs // 2 :])
     return rows, columns, None if factors_M is None else out[-1]
 
 
 def _body(count, first, low, high, gate_up, scales, dh, *refs, outs):
-    """One tile of rows and 128 columns; ``outs``: where kinds of outputs end (see above)."""
+    """A tile of rows and 128 columns of a result; ``outs``: where kinds of outputs end."""
     row_outs, column_outs, all_outs = outs
-    with_factors = all_outs > column_outs
-    tile, k_tile = lax.axis_index("tile"), lax.axis_index("columns")
-    k_tiles = dh.shape[1] // TILE
-
-    @pl.when(tile < count[0])
-    def _():
-        factors, given = (refs[0], refs[1:]) if with_factors else (None, refs)
-        by_row, by_column = given[:row_outs], given[row_outs:column_outs]
-        *blocks, staged, small = given[all_outs:]
-        first_row = first[tile]
-        whole = pl.ds(first_row, TILE)
-        layout = tile_layout(2)
-
-        def read(part: int):
-            """Gate, up and dh, the scales of the first two, and factors."""
-            rows = pl.ds(first_row + part * _ROWS, _ROWS)
-            halves = k_tile, k_tiles + k_tile
-            of = (gate_up, halves[0]), (gate_up, halves[1]), (dh, k_tile)
-            matrices = [ref.at[rows, pl.ds(tile * TILE, TILE)] for ref, tile in of]
-            numbers = [scales.at[half, rows] for half in halves]
-            numbers += [] if factors is None else [factors.at[rows]]
-            loaded = [compat.load(ref, layout) for ref in matrices]
-            return *loaded, *(compat.load(ref, layout.reduce(1)) for ref in numbers)
-
-        ahead = read(0)
-        for part in range(TILE // _ROWS):
-            gate, up, dh_part, gate_scale, up_scale, *factor = ahead
-            if (part + 1) * _ROWS < TILE:
-                ahead = read(part + 1)
-            gate, up = _dequantized(gate, gate_scale), _dequantized(up, up_scale)
-            *results, sums = _gradient(gate, up, dh_part.astype(jnp.float32), *factor)
-            within = pl.ds(part * _ROWS, _ROWS)
-            for block, h in zip(blocks, results, strict=False):
-                block[within] = h
-            if with_factors:
-                small[pl.ds(_SUMS + part * _ROWS, _ROWS)] = sums
+    factors, given = (refs[0], refs[1:]) if all_outs > column_outs else (None, refs)
+    by_row, by_column = given[:row_outs], given[row_outs:column_outs]
+    sums = None if factors is None else given[column_outs]
+    inputs, scratch = (gate_up, scales, dh, factors), given[all_outs:]
+    tile, k_tile, result = (lax.axis_index(name) for name in ("tile", "columns", "result"))
+    own = first[tile], low[tile] - first[tile], high[tile] - first[tile]
+    apart, k_tiles = len(by_row) == 4, dh.shape[1] // TILE
+    for which in (_GATE, _UP, _PRODUCT):
         # The gradients of gate and up by row are two matrices, or the halves of one.
-        columns = k_tile, k_tile + (0 if len(by_row) == 4 else k_tiles)
-        rows = tuple(zip(blocks[:2], (by_row[:2], by_row[-2:]), columns, _SCALES, strict=True))
-        plgpu.commit_smem()
-        for block, (values, _), column, numbers in rows:
-            for begin in range(0, TILE, _ROWS_AGAIN):
-                q, scale = _quantized(compat.load(block.at[pl.ds(begin, _ROWS_AGAIN)], layout))
-                small[pl.ds(numbers + begin, _ROWS_AGAIN)] = scale
-                own_rows = pl.ds(first_row + begin, _ROWS_AGAIN)
-                values[own_rows, pl.ds(column * TILE, TILE)] = q
-        plgpu.commit_smem()
-        # By ordinary stores: where a group begins, a row is not aligned as a copy wants it.
-        for _, (_, scale), column, numbers in rows:
-            scale[column, whole] = compat.load(small.at[pl.ds(numbers, TILE)], ONE_EACH)
-        if with_factors:
-            sums = compat.load(small.at[pl.ds(_SUMS, TILE)], ONE_EACH)
-            given[column_outs][k_tile, whole] = sums
-        own = low[tile] - first_row, high[tile] - first_row
-        for i in range(len(by_column) // 2):
-            values, scale = by_column[2 * i : 2 * i + 2]
-            _transposed(blocks[i], values, scale, own, staged, small)
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        rows_out = None
+        if which != _PRODUCT:
+            at = k_tile if apart or which == _GATE else k_tiles + k_tile
+            rows_out = *by_row[2 * which * apart :][:2], at
+        columns_out = by_column[2 * which :][:2]
+        one = functools.partial(_one, which, own, inputs, rows_out, columns_out, sums, scratch)
+        if columns_out or which != _PRODUCT or sums is not None:
+            pl.when((tile < count[0]) & (result == which))(one)
+
+
+def _one(which, own, inputs, rows_out, columns_out, sums, scratch):
+    """One result's tile."""
+    gate_up, scales, dh, factors = inputs
+    block, staged, numbers, columns_scale = scratch
+    first_row, *own = own
+    k_tile, k_tiles = lax.axis_index("columns"), dh.shape[1] // TILE
+    layout = tile_layout(2)
+
+    def read(part: int):
+        """Gate, up and their scales; dh and factors, or None where they do not matter."""
+        rows = pl.ds(first_row + part * _ROWS, _ROWS)
+
+        def matrix(ref, at):
+            return compat.load(ref.at[rows, pl.ds(at * TILE, TILE)], layout)
+
+        def numbers_of(ref):
+            return compat.load(ref, layout.reduce(1))
+
+        halves = k_tile, k_tiles + k_tile
+        found = [matrix(gate_up, at) for at in halves]
+        found += [numbers_of(scales.at[at, rows]) for at in halves]
+        found.append(None if which == _PRODUCT and factors is None else matrix(dh, k_tile))
+        return *found, None if factors is None else numbers_of(factors.at[rows])
+
+    ahead = read(0)
+    for part in range(TILE // _ROWS):
+        now = ahead
+        if (part + 1) * _ROWS < TILE:
+            ahead = read(part + 1)
+        h, dfactors = _result(which, *now)
+        within = pl.ds(part * _ROWS, _ROWS)
+        if columns_out:
+            block[within] = h
+        if rows_out:
+            q, numbers[within] = _quantized(h)
+            rows = pl.ds(first_row + part * _ROWS, _ROWS)
+            rows_out[0][rows, pl.ds(rows_out[2] * TILE, TILE)] = q
+        elif dfactors is not None:
+            numbers[within] = dfactors
+    # By ordinary stores: where a group begins, a row is not aligned as a copy wants it.
+    plgpu.commit_smem()
+    whole = pl.ds(first_row, TILE)
+    if rows_out:
+        rows_out[1][rows_out[2], whole] = compat.load(numbers, ONE_EACH)
+    elif sums is not None:
+        sums[k_tile, whole] = compat.load(numbers, ONE_EACH)
+    if columns_out:
+        _transposed(block, *columns_out, own, staged, columns_scale)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 def _dequantized(q, scale):
@@ -173,22 +183,26 @@ def _dequantized(q, scale):
     return q.astype(jnp.bfloat16).astype(jnp.float32)
 
 
-def _gradient(gate, up, dh, factor=None):
-    """Of ``h = factor silu(gate) up``: those of gate and up, and h; and ``dh h / factor``, summed.
+def _result(which, gate, up, gate_scale, up_scale, dh, factor):
+    """Of ``h = factor silu(gate) up``: its gradients, or h, and then ``dh h / factor``, summed.
 
     With s the sigmoid of gate, ``silu(gate) = gate s`` and ``silu'(gate) = s + gate s (1 - s)``.
     Where the exponential overflows s is 0, and with it everything but ``1 - s``.
     """
+    gate, up = _dequantized(gate, gate_scale), _dequantized(up, up_scale)
     # A quotient would be five instructions; this is two.
     s = jnp.square(lax.rsqrt(1.0 + jnp.exp2(gate * -math.log2(math.e))))
     silu = gate * s
-    product, sums = silu * up, None
-    if factor is not None:
-        sums = jnp.sum(dh * product, axis=1)
-        factor = lax.broadcast_in_dim(factor, dh.shape, (0,))
-        product, dh = product * factor, dh * factor
-    dgate = dh * up * (s + silu * (1.0 - s))
-    return *(h.astype(jnp.bfloat16) for h in (dgate, dh * silu, product)), sums
+    dh = None if dh is None else dh.astype(jnp.float32)
+    factor = None if factor is None else lax.broadcast_in_dim(factor, gate.shape, (0,))
+    if which == _PRODUCT:
+        h = silu * up
+        sums = None if dh is None else jnp.sum(dh * h, axis=1)
+    else:
+        h = dh * (silu if which == _UP else up * (s + silu * (1.0 - s)))
+        sums = None
+    h = h if factor is None else h * factor
+    return h.astype(jnp.bfloat16), sums
 
 
 def _quantized(h):
@@ -198,7 +212,7 @@ def _quantized(h):
     return (h * lax.broadcast_in_dim(1.0 / scale, h.shape, (0,))).astype(E4M3), scale
 
 
-def _transposed(block, values, scales, own, staged, small):
+def _transposed(block, values, scales, own, staged, columns_scale):
     """Quantize a block in shared memory by column, of its own rows, and send it off."""
 
     @pl.when((own[0] > 0) | (own[1] < TILE))  # few are not whole
@@ -212,7 +226,6 @@ def _transposed(block, values, scales, own, staged, small):
 
     plgpu.commit_smem()
     tile, k_tile = lax.axis_index("tile"), lax.axis_index("columns")
-    columns_scale = small.at[pl.ds(_COLUMNS_SCALE, _COLUMNS)]
     for first in range(0, TILE, _COLUMNS):
         h = compat.load(block.at[:, pl.ds(first, _COLUMNS)].T, plgpu.Layout.WGMMA)
         q, scale = _quantized(h)
