@@ -4,7 +4,7 @@ r"""The step of ``train_step.py`` as MaxText makes it, on the same GPU.
         --vocab 16384 --batch 6 remat_policy=custom context=device
 
 MaxText's own trainer on its synthetic data, in a process of its own, at the commit e591f30cb
-(2026-08-22), not yet run on a GPU: cuDNN's attention, tokamax's grouped products, FP32 parameters
+(2026-08-22): cuDNN's attention, tokamax's grouped products, FP32 parameters
 and second moments, BF16 first moments. What follows the options is handed to it. Its model is
 named for the whole DeepSeek-V3 or V2-Lite; ours is used to count parameters, beside its, and FLOPs.
 """

@@ -96,9 +96,9 @@ def judge(prompt: str, said: Completion, answer: str) -> float:
     return float(match is not None and int(match[1]) == int(a) + int(b))
 
 
-def learn(run: Experiment, recipe: Recipe, way: Way, seed: int) -> Path:
-    """One way to go on from the cold start."""
-    cold, out = run.out / f"cold_{seed}", run.out / f"{way}_{seed}"
+def learn(run: Experiment, recipe: Recipe, way: Way, seed: int, out: Path) -> bool:
+    """One way to go on from the cold start; whether to its end."""
+    cold = run.out / f"cold_{seed}"
 
     def random(prompt: str, said: Completion, answer: str) -> float:
         return hashlib.blake2b(f"{seed}{prompt}{said.text}".encode()).digest()[0] / 255
@@ -108,15 +108,12 @@ def learn(run: Experiment, recipe: Recipe, way: Way, seed: int) -> Path:
         rows = recipe.size.prompts * recipe.size.group_size
         tokens = recipe.steps * rows * (recipe.max_new_tokens + 8) * 4 // 3
         steps = max(1, tokens // (recipe.size.imitated_rows * 256))
-        imitate(recipe, out, demonstrations(recipe, seed), seed, cold, steps)
-    elif way == "random":
+        return imitate(recipe, out, demonstrations(recipe, seed), seed, cold, steps)
+    if way == "random":
         terms = [Term("accuracy", 0.0, numeric), Term("random", 1.0, random)]
-        reinforce(recipe, out, cold, seed, terms)
-    else:
-        weight = float(way == "accuracy")
-        rewards = RewardConfig(verifier="numeric", accuracy_weight=weight)
-        reinforce(recipe, out, cold, seed, rewards=rewards)
-    return out
+        return reinforce(recipe, out, cold, seed, terms)
+    rewards = RewardConfig(verifier="numeric", accuracy_weight=float(way == "accuracy"))
+    return reinforce(recipe, out, cold, seed, rewards=rewards)
 
 
 def one_seed(run: Experiment, recipe: Recipe, report: Report, seed: int) -> None:
@@ -126,14 +123,13 @@ def one_seed(run: Experiment, recipe: Recipe, report: Report, seed: int) -> None
     def start() -> None:
         began = time.perf_counter()
         if not cold.exists():
-            with clock.stop_after(clock.left / 2):
-                imitate(recipe, cold, demonstrations(recipe, seed), seed)
+            texts = demonstrations(recipe, seed)
+            clock.within(clock.left / 2, lambda: imitate(recipe, cold, texts, seed))
         report.judge(recipe, "cold start", seed, cold, time.perf_counter() - began)
 
     def go_on(way: Way) -> None:
-        began = time.perf_counter()
-        with clock.stop_after(clock.left - 40):
-            out = learn(run, recipe, way, seed)
+        began, out = time.perf_counter(), run.out / f"{way}_{seed}"
+        clock.within(clock.left - 40, lambda: learn(run, recipe, way, seed, out))
         report.judge(recipe, way, seed, out, time.perf_counter() - began)
 
     if report.part(f"seed {seed}, cold start", start):

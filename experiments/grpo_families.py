@@ -226,14 +226,14 @@ def one(
 
     def start() -> None:
         began = time.perf_counter()
-        with clock.stop_after((clock.left - until) / 2):
-            imitate(recipe, cold, texts(recipe, seed), seed)
+        seconds = (clock.left - until) / 2
+        clock.within(seconds, lambda: imitate(recipe, cold, texts(recipe, seed), seed))
         report.judge(recipe, "imitation", seed, cold, time.perf_counter() - began)
 
     def go_on() -> None:
         began = time.perf_counter()
-        with clock.stop_after(clock.left - until - 40):
-            reinforce(recipe, after, cold, seed)
+        seconds = clock.left - until - 40
+        clock.within(seconds, lambda: reinforce(recipe, after, cold, seed))
         report.judge(recipe, "GRPO", seed, after, time.perf_counter() - began)
 
     if report.part(f"{recipe.name}, seed {seed}: imitation", start):

@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import statistics
+import sys
 import threading
 import time
 import traceback
@@ -297,27 +298,41 @@ class Clock:
             yield seed
             took = before - self.left
 
+    def within(self, seconds: float, run: Callable[[], bool]) -> None:
+        """Have a run stop, and save, once so many seconds are over.
+
+        ``run`` returns whether it came to its end. Where it was stopped by somebody else, all is.
+        """
+        with self.stop_after(seconds) as asked:
+            if not run() and not asked.is_set():
+                sys.exit("stopped, and saved; nothing further is begun.")
+
     @contextlib.contextmanager
-    def stop_after(self, seconds: float) -> Iterator[None]:
+    def stop_after(self, seconds: float) -> Iterator[threading.Event]:
         """Ask the run in the body to stop, and save, once so many seconds are over.
 
         By the signal that a scheduler would send: every stage of training answers it between two
-        steps.
+        steps. The event says whether it has been asked to.
         """
-        over = threading.Event()
+        over, asked = threading.Event(), threading.Event()
 
         def ask() -> None:
             wait = max(seconds, 1.0)
             while not over.wait(wait):  # again and again: before its first step no run listens
+                asked.set()
                 os.kill(os.getpid(), signal.SIGTERM)
                 wait = 2.0
 
-        # Where no run listens, the signal would end everything.
-        before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        def unheard(signum: int, _: Any) -> None:
+            """Where no run listens, what is asked here must not end everything."""
+            if not asked.is_set():
+                sys.exit(128 + signum)
+
+        before = signal.signal(signal.SIGTERM, unheard)
         asking = threading.Thread(target=ask, daemon=True)
         asking.start()
         try:
-            yield
+            yield asked
         finally:
             over.set()
             asking.join()

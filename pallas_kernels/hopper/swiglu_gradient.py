@@ -13,6 +13,7 @@ work at a time: it was four times slower than device memory.
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -144,7 +145,7 @@ def _one(which, own, inputs, rows_out, columns_out, sums, scratch):
             return compat.load(ref, layout.reduce(1))
 
         halves = k_tile, k_tiles + k_tile
-        found = [matrix(gate_up, at) for at in halves]
+        found: list[Any] = [matrix(gate_up, at) for at in halves]
         found += [numbers_of(scales.at[at, rows]) for at in halves]
         found.append(None if which == _PRODUCT and factors is None else matrix(dh, k_tile))
         return *found, None if factors is None else numbers_of(factors.at[rows])
@@ -172,7 +173,7 @@ def _one(which, own, inputs, rows_out, columns_out, sums, scratch):
     elif sums is not None:
         sums[k_tile, whole] = compat.load(numbers, ONE_EACH)
     if columns_out:
-        _transposed(block, *columns_out, own, staged, columns_scale)
+        _transposed(block, columns_out, own, staged, columns_scale)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
@@ -212,7 +213,7 @@ def _quantized(h):
     return (h * lax.broadcast_in_dim(1.0 / scale, h.shape, (0,))).astype(E4M3), scale
 
 
-def _transposed(block, values, scales, own, staged, columns_scale):
+def _transposed(block, columns_out, own, staged, columns_scale):
     """Quantize a block in shared memory by column, of its own rows, and send it off."""
 
     @pl.when((own[0] > 0) | (own[1] < TILE))  # few are not whole
@@ -224,6 +225,7 @@ def _transposed(block, values, scales, own, staged, columns_scale):
             row = first + plgpu.broadcasted_iota(jnp.int32, h.shape, 0, layout=layout)
             block[within] = jnp.where((row >= own[0]) & (row < own[1]), h, jnp.bfloat16(0))
 
+    values, scales = columns_out
     plgpu.commit_smem()
     tile, k_tile = lax.axis_index("tile"), lax.axis_index("columns")
     for first in range(0, TILE, _COLUMNS):

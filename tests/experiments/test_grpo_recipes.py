@@ -1,12 +1,16 @@
 """The GRPO recipes: what they imitate, how they judge, and how they share out their time."""
 
+import contextlib
 import json
+import os
+import signal
 import time
 
 import pytest
 
 from deepseek_jax.data.tasks import Task
 from deepseek_jax.rewards import Completion, exact, numeric
+from deepseek_jax.train.loop import stop_requests
 from experiments import grpo_addition, grpo_families
 from experiments.grpo_families import EACH, FAMILIES, judge_family, worked
 from experiments.grpo_setting import CPU, Clock, Recipe, Report
@@ -93,8 +97,6 @@ def test_demonstrations_of_mixed_sums_are_mostly_wrong_and_fit():
 
 
 def test_a_run_is_asked_to_stop_when_its_time_is_over():
-    from deepseek_jax.train.loop import stop_requests
-
     clock = Clock(60)
     began = time.perf_counter()
     with clock.stop_after(1.0), stop_requests() as stop:
@@ -104,6 +106,24 @@ def test_a_run_is_asked_to_stop_when_its_time_is_over():
     with clock.stop_after(30):
         pass  # over in time: nobody is asked
     assert 30 < clock.left < 60
+
+
+@pytest.mark.parametrize("listens", [True, False])
+def test_a_run_that_somebody_else_stops_ends_everything(listens):
+    """Its signal is not taken for the clock's, whether or not a run listens just then."""
+    begun = []
+
+    def run():
+        begun.append(1)
+        with stop_requests() if listens else contextlib.nullcontext(lambda: False) as stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)
+            return not stop()
+
+    with pytest.raises(SystemExit):
+        Clock(60).within(30, run)
+    assert begun
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_a_part_that_fails_leaves_the_others_their_turn(tmp_path):

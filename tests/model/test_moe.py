@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deepseek_jax import sharding
 from deepseek_jax.config import FLOAT32
+from deepseek_jax.model.experts import take_rows
 from deepseek_jax.model.moe import MoE, balance, route, updated_bias
 from tests.configs import MICRO, MICRO_V2
 
@@ -228,3 +230,14 @@ def test_gate_is_float32_under_bfloat16():
     config = MICRO.replace(num_experts_per_tok=1, n_group=1, topk_group=1)
     assert int(route(u, jnp.zeros(E), config).experts_BTK[0, 0, 0]) == 5
     assert jnp.bfloat16(1.0) == jnp.bfloat16(1.001)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.uint8, jnp.float32])
+@pytest.mark.parametrize("D", [8, 9])
+def test_rows_taken_as_words_are_the_rows(monkeypatch, dtype, D):
+    monkeypatch.setattr(sharding, "on_gpu", lambda: True)
+    x_TD = jnp.arange(5 * D).reshape(5, D).astype(dtype)
+    rows_M = jnp.array([4, 0, 0, 3])
+    np.testing.assert_array_equal(take_rows(x_TD, rows_M), x_TD[rows_M])
+    in_words = "u32" in str(jax.make_jaxpr(take_rows)(x_TD, rows_M))
+    assert in_words == (dtype != jnp.float32 and D * x_TD.dtype.itemsize % 4 == 0)
