@@ -375,7 +375,10 @@ def draw(found: dict[str, list[Row]], path: Path) -> None:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("milliseconds a step")
-    figure.axes[0].legend(frameon=False, fontsize=9)
+    # A sweep that was not asked for has no lines.
+    drawn = [axis for axis in figure.axes if axis.get_legend_handles_labels()[0]]
+    for axis in drawn[:1]:
+        axis.legend(frameon=False, fontsize=9)
     figure.savefig(path, dpi=160)
 
 
