@@ -157,7 +157,7 @@ def main() -> None:
             resume=(tuned / "run.json").exists(),
             init=base,
             precision=FLOAT32,
-            epochs=4,
+            epochs=4.0,
             conversations=ConversationConfig(
                 data=(str(data / "train.jsonl"),),
                 held_out=(str(data / "held_out.jsonl"),),

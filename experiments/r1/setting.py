@@ -116,7 +116,7 @@ def tuning(
         out=s.out / name,
         init=s.out / init,
         precision=FLOAT32,
-        epochs=epochs,
+        epochs=float(epochs),
         conversations=ConversationConfig(
             data=tuple(str(s.file(each)) for each in data), seq_len=256, data_seed=s.seed
         ),
