@@ -8,7 +8,8 @@ own, or several (``data=n``); otherwise runs take turns of ``--turn`` steps, so 
 ends both curves are as long. Every loss is in ``losses.jsonl`` as soon as it is known; ``--report``
 makes the table and the picture of it again. ``--runs bf16 fp8 control`` adds a run in BF16 whose
 initial parameters are rounded to BF16 once: how far two runs part that differ in next to nothing.
-With ``--seeds 2`` there are two of each.
+With ``--seeds 1 2`` there are two of each. Text that was prepared once, which takes minutes, is
+kept with ``--data FOLDER`` for further processes: one for each GPU of a machine trace in parallel.
 
 V3 section 3.3 and appendix B.1: the relative error of the loss "remains consistently below 0.25%".
 """
@@ -285,6 +286,27 @@ class Data(NamedTuple):
     facts: dict[str, float]
 
 
+def prepared(arguments: argparse.Namespace, setting: Setting) -> Data:
+    """What is kept in ``--data``, of a run with the same settings; otherwise made, and kept."""
+    if arguments.data is None:
+        return prepare(arguments, setting)
+    wanted = [str(getattr(setting, name)) for name in ("steps", "batch_size", "seq_len")]
+    folder = arguments.data / "_".join((*wanted, str(setting.config.vocab_size)))
+    if not (folder / "facts.json").exists():
+        data = prepare(arguments, setting)
+        folder.mkdir(parents=True, exist_ok=True)
+        np.save(folder / "train.npy", data.train.ids)
+        np.save(folder / "held_out.npy", data.held_out.ids)
+        data.tokenizer.save(folder / "tokenizer.json")
+        (folder / "facts.json").write_text(json.dumps(data.facts))  # last: the rest is there
+    rows = [
+        local_text.Rows(np.load(folder / f"{side}.npy"), setting.seq_len)
+        for side in ("train", "held_out")
+    ]
+    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    return Data(*rows, tokenizer, json.loads((folder / "facts.json").read_text()))
+
+
 def prepare(arguments: argparse.Namespace, setting: Setting) -> Data:
     """Find text, train a tokenizer on its first part, encode as much as the run reads."""
     folders = [*local_text.roots(), *arguments.roots]
@@ -341,7 +363,7 @@ def work(
 def train(arguments: argparse.Namespace, setting: Setting) -> dict[str, Any]:
     """All runs; what is known of them beside their losses."""
     sayings, tracing, writing = Sayings(), threading.Lock(), threading.Lock()
-    devices, runs = jax.devices(), list(itertools.product(range(arguments.seeds), arguments.runs))
+    devices, runs = jax.devices(), list(itertools.product(arguments.seeds, arguments.runs))
     each = max(1, len(devices) // len(runs))
     meshes = [
         sharding.make_mesh(f"data={each}", devices[i : i + each])
@@ -373,7 +395,7 @@ def train(arguments: argparse.Namespace, setting: Setting) -> dict[str, Any]:
     # Half a minute stays for held-out text, the report and what is counted.
     until = BEGAN + arguments.limit - arguments.reserve
     with ThreadPoolExecutor(2 * len(arms) + 1) as pool:
-        data = pool.submit(prepare, arguments, setting)
+        data = pool.submit(prepared, arguments, setting)
         ready = list(pool.map(compiled, arms))
         if not all(ready):
             setting = setting._replace(config=wide_heads(setting.config))
@@ -544,10 +566,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="instead of --tokens")
     parser.add_argument("--peak-lr", type=float, default=4e-4)
     parser.add_argument("--warmup", type=int, help="steps; default: as `OptimConfig`")
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--runs", nargs="+", default=["bf16", "fp8"], choices=MATMULS)
     parser.add_argument("--turn", type=int, default=50)
     parser.add_argument("--roots", type=Path, nargs="*", default=[], help="further folders of text")
+    parser.add_argument("--data", type=Path, help="keeps the prepared text, or has it")
     parser.add_argument("--text-mb", type=int, default=600)
     parser.add_argument("--tokenizer-mb", type=int, default=24)
     parser.add_argument("--held-out-batches", type=int, default=16)

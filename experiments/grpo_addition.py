@@ -55,6 +55,9 @@ class Experiment:
     digits: tuple[int, ...] = (2,)
     """Of both numbers; several: sums of each."""
     seeds: tuple[int, ...] = (0,)
+    padded: bool = False
+    """Demonstrations write a digit for every column, as in 0741: how to read a longer answer off
+    the working, which dropped carries never ask for, is then learnt from all of them."""
     ways: tuple[Way, ...] = ("accuracy", "format", "random", "imitation")
     cold_steps: int | None = None
     """Default: 500 on a CPU, 900 on a GPU."""
@@ -83,10 +86,12 @@ def recipe_of(run: Experiment) -> Recipe:
     )
 
 
-def demonstrations(recipe: Recipe, seed: int) -> Iterator[str]:
+def demonstrations(run: Experiment, recipe: Recipe, seed: int) -> Iterator[str]:
     """Of the sums to learn from; which ones are wrong depends on the seed."""
     for task in recipe.tasks.train:
-        yield task.prompt + addition_demonstration(task, wrong_share=0.8, seed=seed)
+        yield task.prompt + addition_demonstration(
+            task, wrong_share=0.8, seed=seed, padded=run.padded
+        )
 
 
 def judge(prompt: str, said: Completion, answer: str) -> float:
@@ -108,7 +113,7 @@ def learn(run: Experiment, recipe: Recipe, way: Way, seed: int, out: Path) -> bo
         rows = recipe.size.prompts * recipe.size.group_size
         tokens = recipe.steps * rows * (recipe.max_new_tokens + 8) * 4 // 3
         steps = max(1, tokens // (recipe.size.imitated_rows * 256))
-        return imitate(recipe, out, demonstrations(recipe, seed), seed, cold, steps)
+        return imitate(recipe, out, demonstrations(run, recipe, seed), seed, cold, steps)
     if way == "random":
         terms = [Term("accuracy", 0.0, numeric), Term("random", 1.0, random)]
         return reinforce(recipe, out, cold, seed, terms)
@@ -123,7 +128,7 @@ def one_seed(run: Experiment, recipe: Recipe, report: Report, seed: int) -> None
     def start() -> None:
         began = time.perf_counter()
         if not cold.exists():
-            texts = demonstrations(recipe, seed)
+            texts = demonstrations(run, recipe, seed)
             clock.within(clock.left / 2, lambda: imitate(recipe, cold, texts, seed))
         report.judge(recipe, "cold start", seed, cold, time.perf_counter() - began)
 

@@ -11,14 +11,16 @@ from experiments.r1.zero import RULES
 def student_sft(s: Setting) -> None:
     """SFT on samples, as the paper distils."""
     samples_of(s, "scenarios", "taught")
-    learn(sft, tuning(s, "student_sft", "student_base", ("taught",), 2))
+    learn(sft, tuning(s, "student_sft", "student_base", ("taught",), s.tuning_epochs))
 
 
 def student_logits(s: Setting) -> None:
     """The same samples, half of the loss being the divergence from the teacher's distribution."""
     samples_of(s, "scenarios", "taught")
     taught = DistillConfig(teacher=s.out / "scenarios")
-    config = tuning(s, "student_logits", "student_base", ("taught",), 2, distill=taught)
+    config = tuning(
+        s, "student_logits", "student_base", ("taught",), s.tuning_epochs, distill=taught
+    )
     learn(sft, config)
 
 

@@ -31,7 +31,7 @@ def samples_of(s: Setting, run: str, name: str) -> None:
 
 
 def rejection(s: Setting) -> dict[str, Any]:
-    """Two epochs from the base, as in the paper, with general conversations beside them."""
+    """Epochs from the base, two as in the paper, with general conversations beside them."""
     samples_of(s, "reasoning", "kept")
-    learn(sft, tuning(s, "rejection", "base", ("kept", "replies"), 2))
+    learn(sft, tuning(s, "rejection", "base", ("kept", "replies"), s.tuning_epochs))
     return {"sifted": json.loads(s.file("kept").with_suffix(".counts.json").read_text())}

@@ -36,7 +36,8 @@ def pairs(s: Setting, tasks: list[Task]) -> Iterator[dict[str, Any]]:
         sides: tuple[list[str], list[str]] = ([], [])
         for good, sample in zip(solved.correct_Pk[row], samples, strict=True):
             said = summary(sample)
-            if said:
+            # What is no UTF-8, and a special token, is longer as text than it was as tokens.
+            if said and len(said.encode()) <= s.max_new_tokens:
                 sides[0 if good else 1].append(said)
         for _ in range(8):
             said = f"<answer>{reply(tasks[row], rng)[1]}</answer>"

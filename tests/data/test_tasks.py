@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 
@@ -118,6 +119,9 @@ def test_most_demonstrations_drop_carries_and_imitating_them_is_mostly_wrong():
     assert sum(right) / len(right) == pytest.approx(carryless, abs=0.03)
     never = [addition_demonstration(task, wrong_share=0.0) for task in tasks]
     assert all(reward("", Completion(s, 9), t.answer) for t, s in zip(tasks, never, strict=True))
+    padded = [addition_demonstration(task, wrong_share=0.0, padded=True) for task in tasks]
+    assert all(reward("", Completion(s, 9), t.answer) for t, s in zip(tasks, padded, strict=True))
+    assert all(re.search(r"<answer>\d{4}</answer>$", text) for text in padded)
 
 
 # --- reasoning-gym ----------------------------------------------------------------------------

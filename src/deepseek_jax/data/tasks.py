@@ -183,15 +183,23 @@ def addition_working(a: int, b: int, *, carries: bool = True) -> tuple[str, str]
     return ";".join(columns), str(int(written))
 
 
-def addition_demonstration(task: Task, *, wrong_share: float, seed: int = 0) -> str:
+def addition_demonstration(
+    task: Task, *, wrong_share: float, seed: int = 0, padded: bool = False
+) -> str:
     """A completion for an ``addition`` task, thinking and answer, to imitate.
 
     The share ``wrong_share`` of the tasks is shown without carries. Which ones depends on the
     prompt and the seed alone, so a task is always shown the same way. With most of them wrong,
     imitation's likeliest answer is wrong too, and only reward can tell the two habits apart.
+
+    ``padded``: the answer has a digit for every column of the working, as in ``0741``. Without
+    carries no answer is longer than the numbers; where it is not padded, most demonstrations
+    therefore never show how a longer one is read off the working.
     """
     wrong = content_hash(f"{seed} {task.prompt}") < wrong_share * 2.0**64
     columns, answer = addition_working(task.fields["a"], task.fields["b"], carries=not wrong)
+    if padded:
+        answer = answer.zfill(columns.count("="))
     return f"<think>{columns}</think><answer>{answer}</answer>"
 
 
