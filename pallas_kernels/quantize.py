@@ -167,13 +167,13 @@ def swiglu_gradient_quantize_tiles(
     * ``dgate = c * up * s * (1 + gate * (1 - s))`` and ``dup = c * silu(gate)``,
     * ``dfactor = sum_K(dh * silu(gate) * up)``,
 
-    computed in FP32. Both gradients and h are rounded to the dtype of dh before they are quantized,
-    so this equals quantizing the results of the separate operations.
+    computed in FP32, from what gate and up stand for to the last bit of FP32. What is quantized by
+    column is rounded to the dtype of dh first, which is how it can be transposed.
 
     Args:
         gate_up: ``[M, 2 K]`` values with tiles along the rows, as they are kept for the backward
             pass (V3 section 3.3.3); ``gate`` and ``up`` are what `reference.dequantize` makes of
-            the two halves, in the dtype of dh.
+            the two halves.
         dh_MK: The gradient of h.
         factors_M: What each row of the product was multiplied by.
         tiles: As in `quantize_tiles_both`: rows of no group hold anything at all in ``by_row``, and
@@ -195,13 +195,15 @@ def swiglu_gradient_quantize_tiles(
         rows, columns, sums_kM = swiglu_gradient.swiglu_gradient(gate_up, dh_MK, given, **options)
         dfactors_M = None if sums_kM is None else jnp.sum(sums_kM, axis=0)
     else:
-        gate_up_MF = reference.dequantize(gate_up).astype(dh_MK.dtype)
-        grad_MF, dfactors_M = reference.swiglu_gradient(gate_up_MF, dh_MK, factors_M)
+        gate_up_MF, dh = reference.dequantize(gate_up), dh_MK.astype(jnp.float32)
+        grad_MF, dfactors_M = reference.swiglu_gradient(gate_up_MF, dh, factors_M)
         halves = jnp.split(grad_MF, 2, axis=1)
         rows = tuple(reference.quantize_tiles(x) for x in (halves if apart else (grad_MF,)))
         # Where they are not used, neither are they computed.
         results = *halves, reference.swiglu(gate_up_MF, factors_M)
-        columns = tuple(_reference_both(x, tiles, False).by_column for x in results)
+        columns = tuple(
+            _reference_both(x.astype(dh_MK.dtype), tiles, False).by_column for x in results
+        )
     if dfactors_M is not None and factors_M is not None:
         if tiles is not None:
             own_M = jnp.arange(len(dh_MK)) < jnp.max(tiles.high_T, initial=0)

@@ -134,7 +134,7 @@ def _one(which, own, inputs, rows_out, columns_out, sums, scratch):
     k_tile, k_tiles = lax.axis_index("columns"), dh.shape[1] // TILE
     layout = tile_layout(2)
 
-    def read(part: int):
+    def read(part: jax.Array):
         """Gate, up and their scales; dh and factors, or None where they do not matter."""
         rows = pl.ds(first_row + part * _ROWS, _ROWS)
 
@@ -150,21 +150,22 @@ def _one(which, own, inputs, rows_out, columns_out, sums, scratch):
         found.append(None if which == _PRODUCT and factors is None else matrix(dh, k_tile))
         return *found, None if factors is None else numbers_of(factors.at[rows])
 
-    ahead = read(0)
-    for part in range(TILE // _ROWS):
-        now = ahead
-        if (part + 1) * _ROWS < TILE:
-            ahead = read(part + 1)
+    def step(part, now):
+        # Past the last one the last is read again: in a loop, and not in a branch.
+        ahead = read(jnp.minimum(part + 1, TILE // _ROWS - 1))
         h, dfactors = _result(which, *now)
-        within = pl.ds(part * _ROWS, _ROWS)
+        within = pl.ds(pl.multiple_of(part * _ROWS, _ROWS), _ROWS)
         if columns_out:
-            block[within] = h
+            block[within] = h.astype(jnp.bfloat16)
         if rows_out:
             q, numbers[within] = _quantized(h)
             rows = pl.ds(first_row + part * _ROWS, _ROWS)
             rows_out[0][rows, pl.ds(rows_out[2] * TILE, TILE)] = q
         elif dfactors is not None:
             numbers[within] = dfactors
+        return ahead
+
+    lax.fori_loop(0, TILE // _ROWS, step, read(jnp.int32(0)))
     # By ordinary stores: where a group begins, a row is not aligned as a copy wants it.
     plgpu.commit_smem()
     whole = pl.ds(first_row, TILE)
@@ -178,10 +179,8 @@ def _one(which, own, inputs, rows_out, columns_out, sums, scratch):
 
 
 def _dequantized(q, scale):
-    """`reference.dequantize`, rounded to BF16."""
-    q = q.astype(jnp.float16).astype(jnp.float32)
-    q *= lax.broadcast_in_dim(scale, q.shape, (0,))
-    return q.astype(jnp.bfloat16).astype(jnp.float32)
+    """`reference.dequantize`."""
+    return q.astype(jnp.float16).astype(jnp.float32) * lax.broadcast_in_dim(scale, q.shape, (0,))
 
 
 def _result(which, gate, up, gate_scale, up_scale, dh, factor):
@@ -202,13 +201,11 @@ def _result(which, gate, up, gate_scale, up_scale, dh, factor):
     else:
         h = dh * (silu if which == _UP else up * (s + silu * (1.0 - s)))
         sums = None
-    h = h if factor is None else h * factor
-    return h.astype(jnp.bfloat16), sums
+    return h if factor is None else h * factor, sums
 
 
 def _quantized(h):
     """Of rows in registers, values and scales."""
-    h = h.astype(jnp.float32)
     scale = scales_of(jnp.max(jnp.abs(h), axis=1))
     return (h * lax.broadcast_in_dim(1.0 / scale, h.shape, (0,))).astype(E4M3), scale
 
@@ -230,7 +227,7 @@ def _transposed(block, columns_out, own, staged, columns_scale):
     tile, k_tile = lax.axis_index("tile"), lax.axis_index("columns")
     for first in range(0, TILE, _COLUMNS):
         h = compat.load(block.at[:, pl.ds(first, _COLUMNS)].T, plgpu.Layout.WGMMA)
-        q, scale = _quantized(h)
+        q, scale = _quantized(h.astype(jnp.float32))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what was staged before has left
         columns_scale[...] = scale
         staged[...] = q

@@ -319,10 +319,10 @@ def test_what_is_in_fp8_is_turned_round(sizes, interpret):
 
 def swiglu_gradient_in_pieces(gate_up, dh, factors, tiles):
     """By row as one matrix, by column, and of the factors."""
-    x = reference.dequantize(gate_up).astype(dh.dtype)
-    grad, dfactors = reference.swiglu_gradient(x, dh, factors)
+    x = reference.dequantize(gate_up)
+    grad, dfactors = reference.swiglu_gradient(x, dh.astype(jnp.float32), factors)
     parts = *jnp.split(grad, 2, axis=1), reference.swiglu(x, factors)
-    columns = tuple(reference.quantize_tiles_ragged(part, tiles) for part in parts)
+    columns = tuple(reference.quantize_tiles_ragged(part.astype(dh.dtype), tiles) for part in parts)
     return reference.quantize_tiles(grad), columns, dfactors
 
 
@@ -410,9 +410,8 @@ def test_swiglu_gradient_is_that_of_its_pieces(dtype, k, apart):
     got = quantize.swiglu_gradient_quantize_tiles(gate_up, dh, factors, tiles, apart=apart)
     by_row, *want = swiglu_gradient_in_pieces(gate_up, dh, factors, tiles)
     if k % 128 and apart:  # a tile of one matrix has numbers of both
-        grad = reference.swiglu_gradient(reference.dequantize(gate_up).astype(dtype), dh, factors)[
-            0
-        ]
+        x = reference.dequantize(gate_up)
+        grad = reference.swiglu_gradient(x, dh.astype(jnp.float32), factors)[0]
         halves = [quantize.quantize_tiles(x) for x in jnp.split(grad, 2, axis=1)]
         by_row = Quantized(
             *(
@@ -456,7 +455,7 @@ def test_swiglu_gradient_is_near_that_in_float32():
         gate, up = jnp.split(gate_up, 2, axis=1)
         return jax.nn.silu(gate) * up * factors[:, None]
 
-    x = reference.dequantize(gate_up).astype(jnp.bfloat16).astype(jnp.float32)
+    x = reference.dequantize(gate_up)
     h, vjp = jax.vjp(product, x, factors)
     grad, dfactors = vjp(dh.astype(jnp.float32))
     np.testing.assert_allclose(got.factors_M, dfactors, rtol=1e-4, atol=1e-5 * dfactors.max())
