@@ -1,7 +1,7 @@
 """Three families of reasoning-gym in one policy, and R1-Zero's way from text alone.
 
 ``families``: chains of sums and differences, numbers to be sorted, words to be spelt backward. The
-cold start imitates workings, four fifths of which have a bad habit: a minus is read as a plus,
+cold start imitates workings, four fifths of which have a bad habit: the last number is left out,
 numbers are sorted as text, the last letter is forgotten. GRPO rewards what is right and in form.
 
 ``zero``: no demonstrations. A base reads careless text about sums of three digits (``careless``),
@@ -111,11 +111,13 @@ def worked(prompt: str, *, well: bool) -> tuple[str, str]:
     if prompt.startswith("State"):
         terms = re.findall(r"([+-]?) ?([0-9]+)", prompt.split(": ")[1])
         total, steps = int(terms[0][1]), []
-        for sign, digits in terms[1:]:
-            after = total + (-1 if sign == "-" and well else 1) * int(digits)
+        # Every habit here leaves true what is written down: one that read a minus as a plus taught
+        # a fifth of the demonstrations' subtractions, too few for any to come out right.
+        for sign, digits in terms[1:] if well else terms[1:-1]:
+            after = total + (-1 if sign == "-" else 1) * int(digits)
             steps.append(f"{total}{sign}{digits}={after}")
             total = after
-        return ";".join(steps), str(total)
+        return ";".join(steps) or str(total), str(total)
     if prompt.startswith("Sort"):
         numbers = prompt.strip().split(": ")[1].split(", ")
         numbers.sort(key=float if well else str, reverse="descending" in prompt)

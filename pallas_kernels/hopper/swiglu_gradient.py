@@ -1,14 +1,14 @@
 """The gradient of a SwiGLU on Hopper: all that a backward pass multiplies, in one pass.
 
-A block of threads takes 128 rows and 128 columns of one of three results: the gradient of ``gate``,
-that of ``up``, or the product. Rows are quantized straight from registers; the transpose is read
-from shared memory, as in `pallas_kernels.hopper.quantize_both`. What a result is made of is fetched
-16 rows ahead.
+A block of threads takes 128 rows and 128 columns of the gradients of ``gate`` and ``up``, or of the
+product. Rows are quantized straight from registers; the transpose is read from shared memory, as in
+`pallas_kernels.hopper.quantize_both`. What a result is made of is fetched 16 rows ahead.
 
-Of a column of the product 4 bytes move in (gate, up, and the gradient in BF16) and 5 out. The three
-blocks that read the same follow one another, so that two of them find it in the cache. One block
-for all three, which would read it once, needs so much shared memory that too few of them are at
-work at a time: it was four times slower than device memory.
+Of a column of the product 4 bytes move in (gate, up, and the gradient in BF16) and 5 out. The two
+blocks that read the same follow one another, so that the second finds it in the cache. One block
+for all, which would read it once, needs so much shared memory that too few of them are at work at a
+time: it was four times slower than device memory. So was code without a loop over the rows: the
+cache for instructions does not hold it.
 """
 
 import functools
@@ -29,7 +29,6 @@ from pallas_kernels.reference import E4M3, TILE, Quantized, RaggedTiles, scales_
 
 _ROWS = 16  # of a tile, in registers at a time, and as many that are on their way
 _COLUMNS = 64  # likewise, of its transpose
-_GATE, _UP, _PRODUCT = range(3)
 # All barriers are written out: every access of shared memory by itself would make two.
 _PARAMS = dict(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0)
 
@@ -85,13 +84,14 @@ def swiglu_gradient(
         functools.partial(_body, outs=(row_outs, column_outs, len(out_type))),
         interpret=interpret,
         out_type=out_type,
-        grid=(most, k // TILE, 3 if by_column or factors_M is not None else 2),
+        grid=(most, k // TILE, 2 if by_column or factors_M is not None else 1),
         grid_names=("tile", "columns", "result"),
         scratch_types=[
-            plgpu.SMEM((TILE, TILE), jnp.bfloat16, transforms=SIXTEEN_BITS),
+            *[plgpu.SMEM((TILE, TILE), jnp.bfloat16, transforms=SIXTEEN_BITS)] * 2,
             plgpu.SMEM((_COLUMNS, TILE), E4M3, transforms=EIGHT_BITS),
-            plgpu.SMEM((TILE,), jnp.float32),
-            plgpu.SMEM((_COLUMNS,), jnp.float32),
+            # One for all scales: each by itself would be aligned to 1 KiB, and two blocks of
+            # threads, not three, would find room.
+            plgpu.SMEM((2 * TILE + _COLUMNS,), jnp.float32),
         ],
         params=_PARAMS,
     )
@@ -105,7 +105,7 @@ def swiglu_gradient(
 
 
 def _body(count, first, low, high, gate_up, scales, dh, *refs, outs):
-    """A tile of rows and 128 columns of a result; ``outs``: where kinds of outputs end."""
+    """A tile of rows and 128 columns of the gradients or the product; ``outs``: where kinds end."""
     row_outs, column_outs, all_outs = outs
     factors, given = (refs[0], refs[1:]) if all_outs > column_outs else (None, refs)
     by_row, by_column = given[:row_outs], given[row_outs:column_outs]
@@ -113,23 +113,24 @@ def _body(count, first, low, high, gate_up, scales, dh, *refs, outs):
     inputs, scratch = (gate_up, scales, dh, factors), given[all_outs:]
     tile, k_tile, result = (lax.axis_index(name) for name in ("tile", "columns", "result"))
     own = first[tile], low[tile] - first[tile], high[tile] - first[tile]
-    apart, k_tiles = len(by_row) == 4, dh.shape[1] // TILE
-    for which in (_GATE, _UP, _PRODUCT):
-        # The gradients of gate and up by row are two matrices, or the halves of one.
-        rows_out = None
-        if which != _PRODUCT:
-            at = k_tile if apart or which == _GATE else k_tiles + k_tile
-            rows_out = *by_row[2 * which * apart :][:2], at
-        columns_out = by_column[2 * which :][:2]
-        one = functools.partial(_one, which, own, inputs, rows_out, columns_out, sums, scratch)
-        if columns_out or which != _PRODUCT or sums is not None:
-            pl.when((tile < count[0]) & (result == which))(one)
+    k_tiles = dh.shape[1] // TILE
+    # By row the gradients are two matrices, or the halves of one.
+    halves = (k_tile, k_tile) if len(by_row) == 4 else (k_tile, k_tiles + k_tile)
+    rows = [(*pair, at) for pair, at in zip((by_row[:2], by_row[-2:]), halves, strict=True)]
+    columns = [by_column[i : i + 2] for i in range(0, len(by_column), 2)]
+    gradients = functools.partial(_some, own, inputs, rows, columns[:2], None, scratch)
+    pl.when((tile < count[0]) & (result == 0))(gradients)
+    if columns or sums is not None:
+        product = functools.partial(_some, own, inputs, [], columns[2:], sums, scratch)
+        pl.when((tile < count[0]) & (result == 1))(product)
 
 
-def _one(which, own, inputs, rows_out, columns_out, sums, scratch):
-    """One result's tile."""
+def _some(own, inputs, rows_out, columns_out, sums, scratch):
+    """Both gradients' tiles, where ``rows_out`` are given, or the product's."""
     gate_up, scales, dh, factors = inputs
-    block, staged, numbers, columns_scale = scratch
+    *blocks, staged, all_scales = scratch
+    numbers = [all_scales.at[pl.ds(i * TILE, TILE)] for i in range(2)]
+    columns_scale = all_scales.at[pl.ds(2 * TILE, _COLUMNS)]
     first_row, *own = own
     k_tile, k_tiles = lax.axis_index("columns"), dh.shape[1] // TILE
     layout = tile_layout(2)
@@ -147,67 +148,79 @@ def _one(which, own, inputs, rows_out, columns_out, sums, scratch):
         halves = k_tile, k_tiles + k_tile
         found: list[Any] = [matrix(gate_up, at) for at in halves]
         found += [numbers_of(scales.at[at, rows]) for at in halves]
-        found.append(None if which == _PRODUCT and factors is None else matrix(dh, k_tile))
+        found.append(matrix(dh, k_tile) if rows_out or sums is not None else None)
         return *found, None if factors is None else numbers_of(factors.at[rows])
 
     def step(part, now):
         # Past the last one the last is read again: in a loop, and not in a branch.
         ahead = read(jnp.minimum(part + 1, TILE // _ROWS - 1))
-        h, dfactors = _result(which, *now)
         within = pl.ds(pl.multiple_of(part * _ROWS, _ROWS), _ROWS)
-        if columns_out:
-            block[within] = h.astype(jnp.bfloat16)
-        if rows_out:
-            q, numbers[within] = _quantized(h)
-            rows = pl.ds(first_row + part * _ROWS, _ROWS)
-            rows_out[0][rows, pl.ds(rows_out[2] * TILE, TILE)] = q
-        elif dfactors is not None:
-            numbers[within] = dfactors
+        rows = pl.ds(first_row + part * _ROWS, _ROWS)
+        results, dfactors = (_gradients if rows_out else _product)(*now)
+        for i, h in enumerate(results):
+            if columns_out:
+                blocks[i][within] = h.astype(jnp.bfloat16)
+            if rows_out:
+                q, numbers[i][within] = _quantized(h)
+                rows_out[i][0][rows, pl.ds(rows_out[i][2] * TILE, TILE)] = q
+        if dfactors is not None:
+            numbers[0][within] = dfactors
         return ahead
 
     lax.fori_loop(0, TILE // _ROWS, step, read(jnp.int32(0)))
     # By ordinary stores: where a group begins, a row is not aligned as a copy wants it.
     plgpu.commit_smem()
     whole = pl.ds(first_row, TILE)
-    if rows_out:
-        rows_out[1][rows_out[2], whole] = compat.load(numbers, ONE_EACH)
-    elif sums is not None:
-        sums[k_tile, whole] = compat.load(numbers, ONE_EACH)
-    if columns_out:
-        _transposed(block, columns_out, own, staged, columns_scale)
+    for (_, scale_out, at), scale in zip(rows_out, numbers, strict=False):
+        scale_out[at, whole] = compat.load(scale, ONE_EACH)
+    if sums is not None:
+        sums[k_tile, whole] = compat.load(numbers[0], ONE_EACH)
+    for block, out in zip(blocks, columns_out, strict=False):
+        _transposed(block, out, own, staged, columns_scale)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 def _dequantized(q, scale):
     """`reference.dequantize`."""
-    return q.astype(jnp.float16).astype(jnp.float32) * lax.broadcast_in_dim(scale, q.shape, (0,))
+    return q.astype(jnp.float16).astype(jnp.float32) * _of_rows(scale, q)
 
 
-def _result(which, gate, up, gate_scale, up_scale, dh, factor):
-    """Of ``h = factor silu(gate) up``: its gradients, or h, and then ``dh h / factor``, summed.
+def _sigmoid(gate):
+    """0 where the exponential overflows; by two instructions, where a quotient would be five."""
+    return jnp.square(lax.rsqrt(1.0 + jnp.exp2(gate * -math.log2(math.e))))
+
+
+def _of_rows(numbers, like):
+    return lax.broadcast_in_dim(numbers, like.shape, (0,))
+
+
+def _gradients(gate, up, gate_scale, up_scale, dh, factor):
+    """Of ``h = factor silu(gate) up``, by gate and by up.
 
     With s the sigmoid of gate, ``silu(gate) = gate s`` and ``silu'(gate) = s + gate s (1 - s)``.
-    Where the exponential overflows s is 0, and with it everything but ``1 - s``.
     """
     gate, up = _dequantized(gate, gate_scale), _dequantized(up, up_scale)
-    # A quotient would be five instructions; this is two.
-    s = jnp.square(lax.rsqrt(1.0 + jnp.exp2(gate * -math.log2(math.e))))
+    dh = dh.astype(jnp.float32)
+    if factor is not None:
+        dh *= _of_rows(factor, dh)
+    s = _sigmoid(gate)
     silu = gate * s
-    dh = None if dh is None else dh.astype(jnp.float32)
-    factor = None if factor is None else lax.broadcast_in_dim(factor, gate.shape, (0,))
-    if which == _PRODUCT:
-        h = silu * up
-        sums = None if dh is None else jnp.sum(dh * h, axis=1)
-    else:
-        h = dh * (silu if which == _UP else up * (s + silu * (1.0 - s)))
-        sums = None
-    return h if factor is None else h * factor, sums
+    return (dh * up * (s + silu * (1.0 - s)), dh * silu), None
+
+
+def _product(gate, up, gate_scale, up_scale, dh, factor):
+    """``h = factor silu(gate) up``, and ``dh h / factor``, summed."""
+    gate, up = _dequantized(gate, gate_scale), _dequantized(up, up_scale)
+    h = gate * _sigmoid(gate) * up
+    if factor is None:
+        return (h,), None
+    return (h * _of_rows(factor, h),), jnp.sum(dh.astype(jnp.float32) * h, axis=1)
 
 
 def _quantized(h):
     """Of rows in registers, values and scales."""
     scale = scales_of(jnp.max(jnp.abs(h), axis=1))
-    return (h * lax.broadcast_in_dim(1.0 / scale, h.shape, (0,))).astype(E4M3), scale
+    return (h * _of_rows(1.0 / scale, h)).astype(E4M3), scale
 
 
 def _transposed(block, columns_out, own, staged, columns_scale):
