@@ -90,7 +90,7 @@ def families(run: Experiment) -> Recipe:
     """The mixture."""
     given = run.questions
     questions = family_questions() if given is None else tuple(read_jsonl(given))
-    cold_steps, steps = {"cpu": (900, 40), "gpu": (900, 60)}[run.hardware]
+    cold_steps, steps = {"cpu": (900, 40), "gpu": (1500, 80)}[run.hardware]
     size = SIZES[run.hardware]
     return Recipe(
         name="families",
