@@ -287,7 +287,7 @@ class Data(NamedTuple):
 
 
 def prepared(arguments: argparse.Namespace, setting: Setting) -> Data:
-    """What is kept in ``--data``, of a run with the same settings; otherwise made, and kept."""
+    """What is kept in ``--data``, which is for one choice of sources; or made, and kept there."""
     if arguments.data is None:
         return prepare(arguments, setting)
     wanted = [str(getattr(setting, name)) for name in ("steps", "batch_size", "seq_len")]
@@ -299,12 +299,13 @@ def prepared(arguments: argparse.Namespace, setting: Setting) -> Data:
         np.save(folder / "held_out.npy", data.held_out.ids)
         data.tokenizer.save(folder / "tokenizer.json")
         (folder / "facts.json").write_text(json.dumps(data.facts))  # last: the rest is there
-    rows = [
-        local_text.Rows(np.load(folder / f"{side}.npy"), setting.seq_len)
-        for side in ("train", "held_out")
-    ]
+
+    def rows(side: str) -> local_text.Rows:
+        return local_text.Rows(np.load(folder / f"{side}.npy"), setting.seq_len)
+
+    facts = json.loads((folder / "facts.json").read_text())
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
-    return Data(*rows, tokenizer, json.loads((folder / "facts.json").read_text()))
+    return Data(rows("train"), rows("held_out"), tokenizer, facts)
 
 
 def prepare(arguments: argparse.Namespace, setting: Setting) -> Data:
