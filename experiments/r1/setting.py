@@ -38,7 +38,7 @@ STUDENT = MODEL.replace(
 
 @dataclass(frozen=True)
 class Setting:
-    """One chain; two minutes with ``quick``, which shows that it runs and nothing else."""
+    """One chain; with ``quick`` one of minutes, which shows that it runs and nothing else."""
 
     out: Path = Path("out/r1")
     seed: int = 0
