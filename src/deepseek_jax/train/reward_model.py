@@ -264,7 +264,7 @@ def train_reward_model(config: RewardModelConfig) -> Outcome | None:
             f"{len(examples)} examples fill no batch of {config.batch_size}; lower batch_size."
         )
     loop = LoopConfig(
-        steps, rows, eval_every=0, save_every=config.save_every, init_seed=config.seed
+        steps=steps, batch_size=rows, save_every=config.save_every, init_seed=config.seed
     )
     model = make_model(policy_config, config.precision)
     claim = functools.partial(
@@ -292,12 +292,11 @@ def train_reward_model(config: RewardModelConfig) -> Outcome | None:
         )
         abstract = abstract_state(model, tx, mesh)
         restored = saver.restore_latest(abstract) if config.resume else None
-        if restored is None:
-            state = first_state(
-                *_policy_and_head(config, policy_config, mesh, abstract), tx, abstract
-            )
-        else:
+        if restored is not None:
             state = restored.state
+        else:
+            weights = _policy_and_head(config, policy_config, mesh, abstract)
+            state = first_state(*weights, tx, abstract)
         claim()
         if jax.process_index() == 0:
             tokenizer.save(config.out / "tokenizer.json")
