@@ -606,6 +606,8 @@ def test_eval_of_tasks_and_of_text(run_directory, folder, tmp_path, capsys):
         (["chat", "--run", "nowhere"], "holds no run"),
         (["rejection-sample", "--run", "nowhere"], "takes --tasks and --out FILE"),
         (["rejection-sample", "--hf", "x", "--tasks", "add:1", "--out", "y"], "x is not a"),
+        (["reward-model", "--init", "x"], "--data FILE"),
+        (["reward-model", "--out", "y", "--resume"], "holds no run (no run.json)"),
         (["reward-model", "--init", "x", "--data", "nowhere", "--out", "y"], "cannot read nowhere"),
         (["eval", "--run", "nowhere"], "--tasks or --text"),
         (["eval", "--run", "nowhere", "--tasks", "add:2"], "holds no run"),

@@ -6,7 +6,6 @@ own replies which of them people prefer (here a rule, ``judge.kind``, stands for
 
 import itertools
 import random
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,7 +19,7 @@ from deepseek_jax.train.reward_model import RewardModelConfig, read_examples, tr
 from deepseek_jax.train.reward_terms import RewardConfig
 from experiments.r1.judge import Judge
 from experiments.r1.judge import kind as judge_kind
-from experiments.r1.setting import Setting, learn, reinforcing, saved
+from experiments.r1.setting import Setting, learn, reinforcing
 from experiments.r1.text import World, reply, write_lines
 
 
@@ -53,22 +52,19 @@ def scenarios(s: Setting, known: World) -> dict[str, float]:
     write_lines(s.file("pairs"), lambda: pairs(s, known.requests))
     write_lines(s.file("pairs_held_out"), lambda: pairs(s, known.held_out_requests))
     judge = s.out / "reward_model"
-    if not saved(judge):  # it saves at its end alone, after seconds
-        shutil.rmtree(judge, ignore_errors=True)
-        count = len(read_examples(s.file("pairs"), "pairwise"))
-        train_reward_model(
-            RewardModelConfig(
-                init=s.out / "rejection",
-                data=s.file("pairs"),
-                out=judge,
-                seq_len=88 + s.max_new_tokens,  # names of special tokens count as letters here
-                batch_size=min(32, count),
-                epochs=6,
-                precision=FLOAT32,
-                optim=OptimConfig(peak_lr=5e-4, min_lr=5e-5, final_lr=5e-5),
-                seed=s.seed,
-            )
-        )
+    count = len(read_examples(s.file("pairs"), "pairwise"))
+    preferring = RewardModelConfig(
+        init=s.out / "rejection",
+        data=s.file("pairs"),
+        out=judge,
+        seq_len=88 + s.max_new_tokens,  # names of special tokens count as letters here
+        batch_size=min(32, count),
+        epochs=6,
+        precision=FLOAT32,
+        optim=OptimConfig(peak_lr=5e-4, min_lr=5e-5, final_lr=5e-5),
+        seed=s.seed,
+    )
+    learn(train_reward_model, preferring)
     config = reinforcing(
         s,
         "scenarios",

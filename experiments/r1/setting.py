@@ -19,7 +19,7 @@ from deepseek_jax.train.optim import OptimConfig
 from deepseek_jax.train.pretrain import PretrainConfig
 from deepseek_jax.train.reward_terms import RewardConfig
 from deepseek_jax.train.rollout import RolloutConfig
-from deepseek_jax.train.run import RunConfig
+from deepseek_jax.train.run import StageConfig
 from deepseek_jax.train.sft import SFT_OPTIM, SftConfig
 from experiments.r1.text import HELD_OUT
 
@@ -191,7 +191,7 @@ def saved(run: Path) -> bool:
     return any(path.name.isdecimal() for path in (run / "checkpoints").glob("*"))
 
 
-def learn(stage: Callable[[Any], Any], config: RunConfig) -> None:
+def learn(stage: Callable[[Any], Any], config: StageConfig) -> None:
     """Run a stage, or continue the one that is there; a run without a checkpoint begins anew.
 
     Raises:

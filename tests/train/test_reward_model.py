@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +12,12 @@ import pytest
 
 from deepseek_jax import DeepSeekV3, sharding
 from deepseek_jax.checkpoint import Checkpointer, claim_run_directory, load_params
+from deepseek_jax.cli import main
 from deepseek_jax.config import FLOAT32
 from deepseek_jax.data.tokenizer import train_bpe
 from deepseek_jax.model.transformer import abstract_params
 from deepseek_jax.rewards import Completion, RewardSum, Sample, Term
-from deepseek_jax.train import optim
+from deepseek_jax.train import optim, reward_model
 from deepseek_jax.train.learned_reward import LearnedReward
 from deepseek_jax.train.loop import divide_batch
 from deepseek_jax.train.reward_model import (
@@ -30,10 +32,11 @@ from deepseek_jax.train.reward_model import (
     read_examples,
     train_reward_model,
 )
+from deepseek_jax.train.run import identity
 from deepseek_jax.train.step import init_state, make_train_step, state_shardings
 from deepseek_jax.types import UserError
 from tests.configs import MICRO
-from tests.train.runs import MODEL
+from tests.train.runs import MODEL, leaves, lines, saved_steps
 
 OPTIM = optim.OptimConfig(peak_lr=3e-3, warmup_steps=2)
 
@@ -109,10 +112,10 @@ def test_it_learns_a_preference_and_is_a_reward(policy, tmp_path, kind):
         mesh="data=4,fsdp=2", precision=FLOAT32, optim=OPTIM,
     )  # fmt: skip
     train_reward_model(config)
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    made = lines(out)
     first = {"pairwise": math.log(2), "bce": math.log(2), "mse": 0.5}[kind]
-    assert lines[0]["loss"] == pytest.approx(first, abs=0.2)  # a head of zeros prefers nothing
-    assert lines[-1]["accuracy"] > 0.95
+    assert made[0]["loss"] == pytest.approx(first, abs=0.2)  # a head of zeros prefers nothing
+    assert made[-1]["accuracy"] > 0.95
 
     reward = LearnedReward(out, seq_len=SEQ, rows=8, precision=FLOAT32, squash=kind != "mse")
     rng = random.Random(1)
@@ -138,6 +141,63 @@ def test_it_learns_a_preference_and_is_a_reward(policy, tmp_path, kind):
     mixed = reward.score([long, samples[3]])
     assert math.isnan(mixed[0])
     assert mixed[1] == pytest.approx(alone, abs=1e-5)
+
+
+def short(policy, tmp_path, name):
+    """A run of 8 steps, whose third epoch begins within a batch."""
+    data = tmp_path / "data.jsonl"
+    return RewardModelConfig(
+        init=policy, data=data, out=tmp_path / name, seq_len=SEQ, batch_size=8, epochs=3,
+        save_every=3, mesh="data=4,fsdp=2", precision=FLOAT32, optim=OPTIM,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_stopped_and_resumed_is_uninterrupted(policy, tmp_path, monkeypatch, capsys):
+    write_examples(tmp_path / "data.jsonl", "pairwise", count=22)
+    whole, cut = (short(policy, tmp_path, name) for name in ("whole", "cut"))
+    assert train_reward_model(whole) is not None
+    assert saved_steps(whole.out) == [3, 6, 8]
+    assert (whole.out / "loss.png").exists()
+    batches = iter(range(100))
+
+    def rows(*args):
+        if next(batches) == 5:  # made while step 5 is computed
+            signal.raise_signal(signal.SIGTERM)
+        return make_rows(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reward_model, "make_rows", rows)
+        assert train_reward_model(cut) is None
+    assert "stopped and saved at step 5; continue with --resume." in capsys.readouterr().out
+    assert saved_steps(cut.out) == [3, 5]
+    assert lines(cut.out) == lines(whole.out)[:5]
+    main(["reward-model", "--out", str(cut.out), "--resume"])
+    assert lines(cut.out) == lines(whole.out)
+    a, b = leaves(whole.out, 8), leaves(cut.out, 8)
+    assert a.keys() == b.keys()
+    assert all(a[name].tobytes() == b[name].tobytes() for name in a)
+    host = "checkpoints/8/host/metadata"  # the place in the data among others
+    assert (cut.out / host).read_text() == (whole.out / host).read_text()
+
+    write_examples(tmp_path / "data.jsonl", "pairwise", count=23)
+    with pytest.raises(SystemExit):
+        main(["reward-model", "--out", str(cut.out), "--resume"])
+    assert "the data are not those the checkpoint was written with" in capsys.readouterr().err
+
+
+def test_a_resume_with_another_setting_is_refused(policy, tmp_path, capsys):
+    write_examples(tmp_path / "data.jsonl", "pairwise", count=22)
+    config = short(policy, tmp_path, "run")
+    model = make_model(MODEL, FLOAT32).config
+    claim_run_directory(config.out, identity(config, model), resume=False)
+    (config.out / "tokenizer.json").write_bytes((policy / "tokenizer.json").read_bytes())
+    with pytest.raises(SystemExit) as end:
+        main(["reward-model", "--out", str(config.out), "--resume", "--batch-size", "4"])
+    assert end.value.code == 2
+    assert "was started with batch_size = 8, this resume asks for 4" in capsys.readouterr().err
+    with pytest.raises(UserError, match="already holds a run; continue it with --resume"):
+        train_reward_model(config)
 
 
 def test_what_is_no_reward_model_is_refused(policy, tmp_path):

@@ -215,7 +215,7 @@ def main(args: list[str] | None = None) -> None:
         machine: Annotated[Machine, tyro.conf.arg(name="")] = Machine(),
     ) -> None:
         """Learn what people prefer, from pairs or grades, for `grpo --reward-model`."""
-        train_reward_model(config)
+        train_reward_model(_as_stored(config, words[1:]))
 
     with ends_in_a_sentence(), _started(words), _REGISTRY:
         tyro.extras.subcommand_cli_from_dict(

@@ -109,12 +109,14 @@ class Task(NamedTuple):
     """This process's rows of the micro-batches."""
     feed: Feed
     """How they become global batches."""
-    evaluate: Callable[[TrainState, int | None], Evaluation]
-    """``evaluate(state, batches)``: on so many batches, or on all."""
     learning_rate: Schedule
-    flops_per_token: float
-    peak_flops: float | None
+    evaluate: Callable[[TrainState, int | None], Evaluation] | None = None
+    """``evaluate(state, batches)``: on so many batches, or on all; None: nothing is held out."""
+    flops_per_token: float = 0.0
+    peak_flops: float | None = None
     """Of all devices together, where known."""
+    spike_margin: float = 1.0
+    """How far above the recent ones a loss is always normal: ``LossMonitor``'s ``min_margin``."""
     frozen: Params = {}  # noqa: RUF012, never written to
     """Parameters that the step reads and leaves as they are, by name."""
     sample: Callable[[TrainState, int], str] | None = None
@@ -176,7 +178,7 @@ def fit(
         UserError: too many steps were skipped, or a checkpoint could not be written. The last
             good checkpoint is intact either way.
     """
-    monitor = LossMonitor(max_consecutive=config.max_skips)
+    monitor = LossMonitor(max_consecutive=config.max_skips, min_margin=task.spike_margin)
     first, tokens = 0, 0
     first_load = last_load = None
     key = jax.random.key(config.init_seed)
@@ -231,7 +233,8 @@ def fit(
             if monitor.observe(step, line["loss"], skipped=skipped):
                 progress.print(f"step {step} skipped: loss {line['loss']:.4g}")
             progress.update(step, loss=line["loss"], tokens_per_s=size / seconds)
-            if config.eval_every and step % config.eval_every == 0 and step < config.steps:
+            due = config.eval_every and step % config.eval_every == 0 and step < config.steps
+            if task.evaluate is not None and due:
                 evaluation = task.evaluate(state, config.eval_batches)
                 writer.write(step, evaluation.scalars())
                 progress.print(

@@ -5,28 +5,43 @@ with a grade (safety: 0 or 1). A row of a ``Batch`` is one conversation; ``loss_
 its last token alone, and there ``targets_BT`` holds its grade, if it has one.
 """
 
+import functools
+import hashlib
 import json
+import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float
 
 from deepseek_jax import sharding
-from deepseek_jax.checkpoint import Checkpointer, claim_run_directory, load_params
-from deepseek_jax.checkpoint.run_directory import read_run
+from deepseek_jax.checkpoint import Checkpointer, claim_run_directory
 from deepseek_jax.config import ModelConfig, Precision
+from deepseek_jax.data.feed import TrainRows
+from deepseek_jax.data.pipeline import NO_THREADS, SameData
 from deepseek_jax.data.tokenizer import Tokenizer
-from deepseek_jax.model.transformer import DeepSeekV3, sharded_params
-from deepseek_jax.report import MetricsWriter, Progress
-from deepseek_jax.train.loop import divide_batch, jit_step, to_json
+from deepseek_jax.model.transformer import DeepSeekV3
+from deepseek_jax.report import MetricsWriter
+from deepseek_jax.train.loop import LoopConfig, Outcome, Task, divide_batch, fit
 from deepseek_jax.train.losses import LossParts, Totals, hidden_states
-from deepseek_jax.train.optim import OptimConfig, bias_speed, make_optimizer
+from deepseek_jax.train.optim import OptimConfig, bias_speed, learning_rate, make_optimizer
+from deepseek_jax.train.run import (
+    MAY_CHANGE,
+    StageConfig,
+    draw,
+    first_state,
+    identity,
+    load_weights,
+    model_of,
+)
 from deepseek_jax.train.step import LossFn, abstract_state, make_train_step
 from deepseek_jax.types import Array, Batch, Params, TrainState, UserError
 
@@ -194,17 +209,17 @@ def make_rows(rows: Sequence[list[int]], grades: Sequence[int], seq_len: int) ->
 
 # --- training ---------------------------------------------------------------------------------
 
+_MAY_CHANGE = (*MAY_CHANGE, "save_every")
+
 
 @dataclass(frozen=True)
-class RewardModelConfig:
-    """A run of training; it keeps one checkpoint, at its end."""
+class RewardModelConfig(StageConfig):
+    """A run of training, from a policy's weights and tokenizer (``init``)."""
 
-    init: Path
-    """The policy's run directory: its weights and tokenizer."""
-    data: Path
+    stage: ClassVar[str] = "reward_model"
+    out: Path = Path("out/reward_model")
+    data: Path | None = None
     """JSON lines of prompt, chosen, rejected; or of prompt, response, grade."""
-    out: Path
-    """Directory of the run."""
     kind: Kind = "pairwise"
     """Pairs, or grades by cross-entropy (bce) or squared distance (mse)."""
     best_grade: int = 1
@@ -214,60 +229,85 @@ class RewardModelConfig:
     batch_size: int = 256
     """Pairs, or responses, of a step (R1: 256)."""
     epochs: int = 1
-    mesh: str = "data=-1"
+    save_every: int = 200
+    """Steps between checkpoints; the last step is always saved."""
     precision: Precision = field(default_factory=Precision)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(peak_lr=6e-6))
     """R1's rate."""
     seed: int = 0
 
 
-def train_reward_model(config: RewardModelConfig) -> None:
-    """Learn from preferences or grades; the result is for ``LearnedReward``.
+def train_reward_model(config: RewardModelConfig) -> Outcome | None:
+    """Learn, or go on learning, from preferences or grades; None if interrupted (and saved).
+
+    The result is for ``LearnedReward``.
 
     Raises:
-        UserError: bad data, a conversation longer than ``seq_len``, or ``out`` holds a run.
+        UserError: bad data, a conversation longer than ``seq_len``, or see ``types.UserError``.
     """
+    started = time.perf_counter()
+    source = config.out if config.resume else config.init
+    if source is None or config.data is None:
+        raise UserError(
+            "a reward model starts from a policy and learns from examples: name --init RUN and "
+            "--data FILE."
+        )
     examples = read_examples(config.data, config.kind, config.best_grade)
-    tokenizer = Tokenizer.load(config.init / "tokenizer.json")
+    policy_config = model_of(source)
+    tokenizer = Tokenizer.load(source / "tokenizer.json")
     mesh = sharding.make_mesh(config.mesh)
-    feed = divide_batch(config.batch_size * len(examples[0].responses), config.seq_len, mesh)
+    rows = config.batch_size * len(examples[0].responses)
+    feed = divide_batch(rows, config.seq_len, mesh)
     steps = len(examples) * config.epochs // config.batch_size
     if not steps:
         raise UserError(
             f"{len(examples)} examples fill no batch of {config.batch_size}; lower batch_size."
         )
+    loop = LoopConfig(
+        steps=steps, batch_size=rows, save_every=config.save_every, init_seed=config.seed
+    )
+    model = make_model(policy_config, config.precision)
+    claim = functools.partial(
+        claim_run_directory,
+        config.out,
+        identity(config, model.config),
+        resume=config.resume,
+        may_change=_MAY_CHANGE,
+    )
+    claim(dry_run=True)
     _check_lengths(config, examples, tokenizer)  # before the directory is a run's
     tx = make_optimizer(config.optim, steps)
-    with jax.set_mesh(mesh):
-        model, policy, policy_bias, policy_config = _policy(config, mesh)
-        claim_run_directory(
-            config.out,
-            to_json(config) | {"stage": "reward_model", "model": policy_config.to_hf()},
-            resume=False,
+    loss_fn = make_loss(model, config.kind, config.best_grade)
+    with jax.set_mesh(mesh), Checkpointer(config.out, keep_last=loop.keep_last) as saver:
+        task = Task(
+            step=make_train_step(model, tx, loss_fn, bias_speed(config.optim, steps)),
+            # Every process holds all examples, so one stream serves them all.
+            batches=TrainRows(
+                functools.partial(_batches, config, examples, tokenizer), feed, streams=1
+            ),
+            feed=feed,
+            learning_rate=learning_rate(config.optim, steps),
+            # A pair judged wrongly may cost any number of nats, and is what there is to learn.
+            spike_margin=math.inf,
         )
-        tokenizer.save(config.out / "tokenizer.json")
-        state = _fresh_state(model, tx, policy, policy_bias, mesh)
-        loss_fn = make_loss(model, config.kind, config.best_grade)
-        step_fn = jit_step(
-            make_train_step(model, tx, loss_fn, bias_speed(config.optim, steps)), state
-        )
-        batches = _batches(config, examples, tokenizer)
-        with (
-            Checkpointer(config.out) as saver,
-            MetricsWriter(config.out) as writer,
-            Progress(steps) as progress,
-        ):
-            for step in range(1, steps + 1):
-                began = time.perf_counter()
-                batch = feed.place([feed.own(next(batches))])
-                state, metrics = step_fn(state, batch, np.float32(np.inf))
-                metrics = jax.device_get(metrics)
-                del metrics["load_LE"]
-                writer.write(step, metrics)
-                rate = batch.tokens_BT.size / (time.perf_counter() - began)
-                shown = {"loss": metrics["loss"], "accuracy": metrics["accuracy"]}
-                progress.update(step, tokens_per_s=rate, **shown)
-            saver.save(steps, state, data_state={}, rng=jax.random.key(config.seed))
+        abstract = abstract_state(model, tx, mesh)
+        restored = saver.restore_latest(abstract) if config.resume else None
+        if restored is not None:
+            state = restored.state
+        else:
+            weights = _policy_and_head(config, policy_config, mesh, abstract)
+            state = first_state(*weights, tx, abstract)
+        claim()
+        if jax.process_index() == 0:
+            tokenizer.save(config.out / "tokenizer.json")
+        resumed = restored.step if restored else None
+        with MetricsWriter(config.out, resumed_step=resumed) as writer:
+            outcome = fit(task, loop, state, saver, writer, restored, started=started)
+    if not outcome.finished:
+        return None
+    if jax.process_index() == 0:
+        draw(config.out, outcome, {})
+    return outcome
 
 
 def _check_lengths(
@@ -283,45 +323,35 @@ def _check_lengths(
 
 
 def _batches(
-    config: RewardModelConfig, examples: Sequence[Example], tokenizer: Tokenizer
-) -> Iterator[Batch]:
-    rng = np.random.default_rng(config.seed)
-    order: list[int] = []
-    while True:
-        while len(order) < config.batch_size:
-            order += rng.permutation(len(examples)).tolist()
-        chosen, order = order[: config.batch_size], order[config.batch_size :]
-        rows, grades = [], []
-        for index in chosen:
-            example = examples[index]
-            for response in example.responses:
-                rows.append(encode(tokenizer, example.prompt, response))
-                grades.append(example.grade)
-        yield make_rows(rows, grades, config.seq_len)
+    config: RewardModelConfig,
+    examples: Sequence[Example],
+    tokenizer: Tokenizer,
+    rows: int,
+    **_: int,
+) -> SameData:
+    """Endless batches ``[rows, seq_len]``; a pair's rows lie next to each other."""
+
+    def make(chosen: Sequence[Example]) -> Batch:
+        pairs = [(example, response) for example in chosen for response in example.responses]
+        encoded = [encode(tokenizer, example.prompt, response) for example, response in pairs]
+        return make_rows(encoded, [example.grade for example, _ in pairs], config.seq_len)
+
+    # Neighbouring seeds would share their epochs: grain shuffles epoch e with seed + e.
+    seed = int(np.random.SeedSequence(config.seed).generate_state(1)[0])
+    order = grain.MapDataset.source(examples).shuffle(seed=seed).repeat()
+    batches = order.to_iter_dataset(NO_THREADS).batch(config.batch_size, batch_fn=make)
+    what = repr((examples, tokenizer.to_json())).encode()
+    return SameData(iter(batches), hashlib.blake2b(what, digest_size=8).hexdigest())
 
 
-def _policy(
-    config: RewardModelConfig, mesh: jax.sharding.Mesh
-) -> tuple[RewardModel, Params, Array, ModelConfig]:
-    """The reward model for the policy in ``config.init``, and the policy's weights without MTP."""
-    policy_config = ModelConfig.from_hf(read_run(config.init)["model"])
+def _policy_and_head(
+    config: RewardModelConfig, policy_config: ModelConfig, mesh: Mesh, abstract: TrainState
+) -> tuple[Params, Array]:
+    """The policy's weights without MTP, and a head of zeros: every response starts out equal."""
+    assert config.init is not None
     policy = DeepSeekV3(policy_config, config.precision)
-    params, bias_LE, _ = load_params(config.init, sharded_params(policy, mesh))
+    params, bias_LE = load_weights(config.init, policy, mesh)
     kept = {name: value for name, value in params.items() if not name.startswith("mtp")}
-    model = make_model(policy_config, config.precision)
-    return model, kept, np.asarray(bias_LE)[: model.config.num_routers], model.config
-
-
-def _fresh_state(
-    model: RewardModel, tx: Any, policy: Params, bias_LE: Array, mesh: jax.sharding.Mesh
-) -> TrainState:
-    """The policy's weights and a head of zeros: every response starts out equal."""
-    abstract = abstract_state(model, tx, mesh)
-    where = jax.tree.map(lambda x: x.sharding, abstract)
     head = abstract.params[HEAD]
-    params = policy | {HEAD: jax.device_put(np.zeros(head.shape, head.dtype), head.sharding)}
-    step, bias_LE = jax.device_put(
-        (np.int32(0), np.asarray(bias_LE)), (where.step, where.router_bias_LE)
-    )
-    opt_state = jax.jit(tx.init, out_shardings=where.opt_state)(params)
-    return TrainState(step, params, opt_state, bias_LE)
+    kept[HEAD] = jax.device_put(np.zeros(head.shape, head.dtype), head.sharding)
+    return kept, bias_LE[: abstract.router_bias_LE.shape[0]]

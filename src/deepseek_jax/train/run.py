@@ -67,8 +67,8 @@ MAY_CHANGE = (
 
 
 @dataclass(frozen=True)
-class RunConfig:
-    """What a run of any stage is made with."""
+class StageConfig:
+    """Which run it is, where it starts and where it happens."""
 
     stage: ClassVar[str] = ""
     out: Path = Path("out/run")
@@ -79,6 +79,12 @@ class RunConfig:
     """Start from these weights: a run's directory, or a Hugging Face folder."""
     mesh: str = "data=-1"
     """Devices, as in ``data=2,expert=4``; -1 fills one axis."""
+
+
+@dataclass(frozen=True)
+class RunConfig(StageConfig):
+    """What a run of any stage of the policy is made with."""
+
     remat: RematPolicy = "none"
     """What the backward pass computes again: nothing, all, or the V3 report's selection, which on a
     GPU is the fastest for all but small models."""
@@ -88,7 +94,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
 
 
-Config = TypeVar("Config", bound=RunConfig)
+Config = TypeVar("Config", bound=StageConfig)
 
 
 class Trainee(NamedTuple):
@@ -146,6 +152,7 @@ def run(
     loop, trainee = config.loop, course.trainee
     model = trainee.model
     peak = peak_flops(jax.devices()[0])
+    evaluate = make_evaluate(course.eval_batches, trainee, feed)
     task = Task(
         step=make_train_step(
             model,
@@ -157,8 +164,8 @@ def run(
         ),
         batches=TrainRows(course.open_stream, feed, course.streams),
         feed=feed,
-        evaluate=make_evaluate(course.eval_batches, trainee, feed),
         learning_rate=learning_rate(config.optim, loop.steps),
+        evaluate=evaluate,
         flops_per_token=training_flops_per_token(model.config, course.seq_len),
         peak_flops=peak and peak * mesh.size,
         frozen=trainee.frozen,
@@ -177,7 +184,7 @@ def run(
             outcome = fit(task, loop, state, saver, writer, restored, started=started)
             if not outcome.finished:
                 return None
-            evaluation = task.evaluate(outcome.state, None)
+            evaluation = evaluate(outcome.state, None)
             writer.write(outcome.step, evaluation.scalars())
     return outcome, evaluation
 
@@ -194,7 +201,7 @@ def check_reached(config: RunConfig, restored: Restored | None) -> None:
 # --- identity --------------------------------------------------------------------------------
 
 
-def identity(config: RunConfig, model: ModelConfig) -> dict[str, Any]:
+def identity(config: StageConfig, model: ModelConfig) -> dict[str, Any]:
     """The run's identity; ``model`` is a Hugging Face ``config.json``, so one reader serves."""
     return to_json(config) | {"stage": config.stage, "model": model.to_hf()}
 
