@@ -117,6 +117,8 @@ class Task(NamedTuple):
     """Of all devices together, where known."""
     spike_margin: float = 1.0
     """How far above the recent ones a loss is always normal: ``LossMonitor``'s ``min_margin``."""
+    shown: tuple[str, ...] = ()
+    """Metrics shown beside the loss."""
     frozen: Params = {}  # noqa: RUF012, never written to
     """Parameters that the step reads and leaves as they are, by name."""
     sample: Callable[[TrainState, int], str] | None = None
@@ -232,7 +234,8 @@ def fit(
             writer.write(step, line | {"skipped": monitor.skipped + skipped})
             if monitor.observe(step, line["loss"], skipped=skipped):
                 progress.print(f"step {step} skipped: loss {line['loss']:.4g}")
-            progress.update(step, loss=line["loss"], tokens_per_s=size / seconds)
+            shown = {name: line[name] for name in ("loss", *task.shown)}
+            progress.update(step, tokens_per_s=size / seconds, **shown)
             due = config.eval_every and step % config.eval_every == 0 and step < config.steps
             if task.evaluate is not None and due:
                 evaluation = task.evaluate(state, config.eval_batches)

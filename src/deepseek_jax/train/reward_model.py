@@ -289,6 +289,7 @@ def train_reward_model(config: RewardModelConfig) -> Outcome | None:
             learning_rate=learning_rate(config.optim, steps),
             # A pair judged wrongly may cost any number of nats, and is what there is to learn.
             spike_margin=math.inf,
+            shown=("accuracy",),
         )
         abstract = abstract_state(model, tx, mesh)
         restored = saver.restore_latest(abstract) if config.resume else None
