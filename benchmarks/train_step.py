@@ -13,6 +13,7 @@ times other meshes or none beside the first, in turns.
 import argparse
 import contextlib
 import functools
+import json
 import statistics
 import time
 from typing import Any, get_args
@@ -58,6 +59,13 @@ def step_arguments(parser: argparse.ArgumentParser) -> None:
         "--documents", action="store_true", help="attention as for rows of several documents"
     )
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument(
+        "--xla",
+        nargs="*",
+        default=[],
+        metavar="NAME=VALUE",
+        help="options of XLA for the step, as JSON, in place of those that training sets",
+    )
 
 
 def slice_of(arguments: argparse.Namespace) -> ModelConfig:
@@ -89,6 +97,8 @@ class Run:
     ):
         """Trace, from shapes alone; on all devices where none are named."""
         self.name = mesh_text
+        options = (option.split("=", 1) for option in arguments.xla)
+        self.options = {name: json.loads(value) for name, value in options}
         precision = Precision(
             params=arguments.params, compute=arguments.compute, matmuls=arguments.matmuls
         )
@@ -129,7 +139,8 @@ class Run:
     def compile(self) -> "Run":
         """The programs of the state and of the step; in any thread."""
         start = time.perf_counter()
-        self.init, self.step = self.lowered_init.compile(), self.lowered_step.compile()
+        self.init = self.lowered_init.compile()
+        self.step = self.lowered_step.compile(compiler_options=self.options or None)
         del self.lowered_init, self.lowered_step
         self.compile_s = time.perf_counter() - start
         return self
