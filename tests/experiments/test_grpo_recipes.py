@@ -86,7 +86,7 @@ def test_demonstrations_of_mixed_sums_are_mostly_wrong_and_fit():
     recipe = grpo_addition.recipe_of(run)
     assert recipe.kinds == ["4 digits", "5 digits", "6 digits"]
     right = dict.fromkeys(recipe.kinds, 0)
-    pages = list(grpo_addition.demonstrations(recipe, 0))[:6000]
+    pages = list(grpo_addition.demonstrations(run, recipe, 0))[:6000]
     for task, page in zip(recipe.tasks.train, pages, strict=False):
         said = Completion(page.removeprefix(task.prompt), 9)
         assert len(said.text) < recipe.max_new_tokens
