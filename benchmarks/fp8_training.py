@@ -299,6 +299,7 @@ def prepared(arguments: argparse.Namespace, setting: Setting) -> Data:
         np.save(folder / "held_out.npy", data.held_out.ids)
         data.tokenizer.save(folder / "tokenizer.json")
         (folder / "facts.json").write_text(json.dumps(data.facts))  # last: the rest is there
+        return data
 
     def rows(side: str) -> local_text.Rows:
         return local_text.Rows(np.load(folder / f"{side}.npy"), setting.seq_len)

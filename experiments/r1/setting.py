@@ -53,6 +53,8 @@ class Setting:
     cold_epochs: int = 10
     tuning_epochs: int = 2
     """Of SFT on a model's own answers, stages 4 and 6."""
+    tuning_held_out: float = 0.02
+    """Share of conversations that SFT evaluates on; of a quick chain's few dozen it is none."""
     reasoning_steps: int = 25
     sampled_tasks: int = 1000
     """Training sums that stages 4 and 6 ask, ``samples`` times each."""
@@ -69,6 +71,7 @@ class Setting:
         """What ``quick`` asks for."""
         small = {"pages": 2000, "base_steps": 250, "demonstrations": 80, "sampled_tasks": 40}
         small |= {"cold_epochs": 60, "replies": 100, "tuning_epochs": 20}
+        small |= {"tuning_held_out": 0.2}
         few = dict.fromkeys(("zero_steps", "reasoning_steps", "scenario_steps"), 2)
         return dataclasses.replace(self, digits=1, **small, **few) if self.quick else self
 
@@ -81,11 +84,6 @@ class Setting:
     def max_new_tokens(self) -> int:
         """The longest demonstration, with room to ramble."""
         return 48 + 28 * self.digits
-
-    @property
-    def conversations_held_out(self) -> float:
-        """Share that SFT evaluates on; 2% of a quick chain's few dozen conversations are none."""
-        return 0.2 if self.quick else 0.02
 
     def file(self, name: str) -> Path:
         """A data file of the chain."""
@@ -128,7 +126,7 @@ def tuning(
             data=tuple(str(s.file(each)) for each in data),
             seq_len=256,
             data_seed=s.seed,
-            held_out_fraction=s.conversations_held_out,
+            held_out_fraction=s.tuning_held_out,
         ),
         loop=LoopConfig(batch_size=16, eval_every=0, save_every=50),
         optim=dataclasses.replace(SFT_OPTIM, peak_lr=2e-3, min_lr=2e-4, final_lr=2e-4),
