@@ -66,7 +66,7 @@ def violations(batches: Any, bias_speed: float, steps: int) -> np.ndarray:
     def loss_fn(params, bias, batch, totals, step):
         return pretrain_loss(model, params, bias, batch, totals, 0.3)
 
-    step = jit_step(make_train_step(model, tx, loss_fn, lambda _: bias_speed), state)
+    step = jit_step(make_train_step(model, tx, loss_fn, lambda _: bias_speed), state, model)
     found = []
     for _ in range(steps):
         rows = next(batches)

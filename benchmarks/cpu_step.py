@@ -40,7 +40,7 @@ def ours(config: ModelConfig, rows: np.ndarray) -> Callable[[], float]:
     def loss_fn(params, bias, batch, totals, step):
         return pretrain_loss(model, params, bias, batch, totals, 0.0)
 
-    step = jit_step(make_train_step(model, tx, loss_fn, lambda step: 0.001), state)
+    step = jit_step(make_train_step(model, tx, loss_fn, lambda step: 0.001), state, model)
     B, T = rows[:, 1:].shape
     ones = np.ones((B, T), np.int32)
     positions = np.tile(np.arange(T, dtype=np.int32), (B, 1))

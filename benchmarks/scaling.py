@@ -137,6 +137,7 @@ class Setup:
         sharding.GPU_PIECES = variant.pieces
         precision = Precision(matmuls=variant.matmuls)
         model = DeepSeekV3(self.config, precision, remat, variant.parallel, whole_rows=True)
+        self.model = model
         tx = optim.make_optimizer(optim.OptimConfig(warmup_steps=0, moments="bfloat16"), 1000)
 
         def loss_fn(params, bias, batch, totals, step):
@@ -166,7 +167,7 @@ class Setup:
         """Both programs."""
         start = time.perf_counter()
         self.init = self.lowered_init.compile()
-        options = compiler_options(self.mesh) | QUICK | self.variant.options
+        options = compiler_options(self.mesh, self.model) | QUICK | self.variant.options
         self.step = self.lowered_step.compile(compiler_options=options)
         self.compile_s = time.perf_counter() - start
         return self

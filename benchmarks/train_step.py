@@ -132,8 +132,9 @@ class Run:
                 out_shardings=jax.tree.map(lambda x: x.sharding, state),
             )
             self.lowered_init = init.lower(jax.eval_shape(jax.random.key, 0))
-            step: Any = jit_step(make_train_step(model, tx, loss_fn, lambda step: 0.001), state)
-            self.lowered_step = step.lower(state, self.batch, np.float32(np.inf))
+            step = make_train_step(model, tx, loss_fn, lambda step: 0.001)
+            jitted: Any = jit_step(step, state, model)
+            self.lowered_step = jitted.lower(state, self.batch, np.float32(np.inf))
         self.trace_s = time.perf_counter() - start
 
     def compile(self) -> "Run":

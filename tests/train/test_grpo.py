@@ -51,7 +51,7 @@ def _small():
     def make_mesh(text):
         return make(text, jax.devices()[:1] if text == "data=1" else None)
 
-    def jit_step(step, state):
+    def jit_step(step, state, model):
         where = jax.tree.map(lambda x: x.sharding, state)
         return jax.jit(step, donate_argnums=0, out_shardings=(where, where.step))
 

@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks import profile_parts
 from deepseek_jax import Batch, DeepSeekV3, sharding
-from deepseek_jax.config import FLOAT32
+from deepseek_jax.config import FLOAT32, Precision
 from deepseek_jax.train import optim
 from deepseek_jax.train.loop import compiler_options, divide_batch
 from deepseek_jax.train.losses import pretrain_loss
@@ -122,19 +122,30 @@ def test_a_bad_step_changes_nothing(reason):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), jax.device_get(after))
 
 
+def _options(platform, **changes):
+    device = types.SimpleNamespace(platform=platform, process_index=0)
+    mesh = mock.create_autospec(jax.sharding.Mesh, instance=True)
+    mesh.devices, mesh.shape = np.array([device]), {"data": 1}
+    return compiler_options(mesh, DeepSeekV3(MICRO, **changes))
+
+
 @pytest.mark.parametrize(("fraction", "percent"), [("", 94), (".92", 115)])
 def test_xla_plans_with_the_memory_that_the_process_may_take(monkeypatch, fraction, percent):
     monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION", raising=False)
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", fraction)
+    assert _options("gpu")["xla_gpu_memory_limit_slop_factor"] == percent
+    assert not any("memory" in name for name in _options("tpu") | _options("cpu"))
 
-    def options(platform):
-        device = types.SimpleNamespace(platform=platform, process_index=0)
-        mesh = mock.create_autospec(jax.sharding.Mesh, instance=True)
-        mesh.devices, mesh.shape = np.array([device]), {"data": 1}
-        return compiler_options(mesh)
 
-    assert options("gpu")["xla_gpu_memory_limit_slop_factor"] == percent
-    assert not any("memory" in name for name in options("tpu") | options("cpu"))
+@pytest.mark.parametrize(
+    ("matmuls", "remat", "in_place"),
+    [("fp8", "selective", True), ("fp8", "none", False), ("compute", "selective", False)],
+)
+def test_kernels_write_into_the_stack_of_layers_where_none_would_run_twice(
+    matmuls, remat, in_place
+):
+    options = _options("gpu", precision=Precision(matmuls=matmuls), remat=remat)
+    assert options["xla_gpu_enable_dynamic_slice_fusion"] is in_place
 
 
 def test_violation_is_zero_when_balanced():

@@ -26,7 +26,7 @@ from deepseek_jax.model.layers import (
     linears,
     rms_norm,
 )
-from deepseek_jax.model.rope import apply_rope
+from deepseek_jax.model.rope import apply_rope, rotate_last
 from deepseek_jax.types import KVCache
 from pallas_kernels.mla_attention import has_kernel, mla_decode
 from pallas_kernels.quantize import quantize_tiles
@@ -268,8 +268,7 @@ class MLA(ParamModule):
             layer: Int[Array, ""] | int = 0,
         ) -> tuple[Float[Array, "B T D"], KVCache | None]:
             of_q, latent = linears(x_BTD, (first_q, wkv_a_DX), precision)  # Eqs. 6, 1 and 3
-            q_BTNH = queries(of_q)
-            q_pe_BTNP = apply_rope(q_BTNH[..., C:], positions.cos_BTp, positions.sin_BTp)
+            q_BTNH = rotate_last(queries(of_q), positions.cos_BTp, positions.sin_BTp)
             latent = checkpoint_name(latent, "mla_latent")
             # Only c_kv is normalised; k_pe is shared by all heads.
             c_kv_BTR = rms_norm(latent[..., :R], kv_norm_R, LATENT_NORM_EPS)
@@ -281,16 +280,16 @@ class MLA(ParamModule):
                 k_pe = sharding.all_gather(k_pe_BTNP, "sequence", 1)
                 k_nope, v = expand(c_kv)
                 k_pe = jnp.broadcast_to(k_pe, (*k_nope.shape[:3], P))
-                q = jnp.concatenate([q_BTNH[..., :C], q_pe_BTNP], axis=-1)
                 k = jnp.concatenate([k_nope, k_pe], axis=-1)
                 first = sharding.part_index("sequence") * x_BTD.shape[1]
                 segments = None
                 if not self.whole_rows:
                     own_BT = positions.segment_ids_BT
                     segments = own_BT, sharding.all_gather(own_BT, "sequence", 1)
-                out = attend(q, k, v, segments, first, c.softmax_scale)
+                out = attend(q_BTNH, k, v, segments, first, c.softmax_scale)
             else:
                 cache = write_cache(cache, layer, c_kv_BTR, k_pe_BTNP[:, :, 0])
+                q_pe_BTNP = q_BTNH[..., C:]
                 if x_BTD.shape[1] * (2 * R + P - C - P - O) > R * (C + O):
                     # Unfolding a slot costs R (C + O) a head, and then saves this for each query.
                     out = attend_expanded(

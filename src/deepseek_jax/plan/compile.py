@@ -116,7 +116,7 @@ def training_step(
     ints = array(jnp.int32)
     batch = Batch(ints, ints, array(jnp.float32), ints, ints)
     limit = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.sharding(mesh))
-    jitted: Any = jit_step(step, state)
+    jitted: Any = jit_step(step, state, model)
     held = _bytes((state, batch, trainee.frozen))
     return Step(lambda: jitted.lower(state, batch, limit, trainee.frozen), held)
 

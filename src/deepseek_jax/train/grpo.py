@@ -316,7 +316,7 @@ class _Trainer:
             monitor.load(restored.extra["monitor"])
         engine = self._engine(state)
         sampler = Sampler(config.rollout, engine, self.prompter, stream, self.rewards)
-        train_step = jit_step(self.step, state)
+        train_step = jit_step(self.step, state, self.model)
         log = CompletionLog(config.out / "completions.jsonl", first)
 
         def save() -> None:

@@ -20,6 +20,7 @@ from deepseek_jax import distributed, sharding
 from deepseek_jax.checkpoint import Checkpointer, Restored
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.data.feed import Feed, TrainRows, make_feed
+from deepseek_jax.model.transformer import DeepSeekV3
 from deepseek_jax.report import LossMonitor, MetricsWriter, Progress
 from deepseek_jax.train.optim import Schedule, batch_ramp
 from deepseek_jax.train.step import BATCH_SPEC, Metrics, TrainStep
@@ -104,6 +105,7 @@ class Evaluation(NamedTuple):
 class Task(NamedTuple):
     """What the loop works on; made by a stage (``pretrain``, ...)."""
 
+    model: DeepSeekV3
     step: TrainStep
     batches: TrainRows
     """This process's rows of the micro-batches."""
@@ -192,7 +194,7 @@ def fit(
         tokens = restored.extra["tokens"]
     # Waiting for each step's loss before the next is started keeps the spike threshold, and so
     # the run, the same whether or not it was interrupted; the next batch is made meanwhile.
-    train_step = jit_step(task.step, state)
+    train_step = jit_step(task.step, state, task.model)
     saved = first
 
     def save(step: int) -> None:
@@ -265,28 +267,32 @@ _COMPILER_OPTIONS = {
         "xla_tpu_enable_async_ragged_all_to_all": "true",
         "xla_tpu_enable_async_all_to_all": "true",
     },
-    # A kernel whose result is both used and kept for the backward pass is otherwise run twice:
-    # once more to write straight into the stack of all layers (3 to 5% of a step on an H100).
-    "gpu": {"xla_gpu_enable_dynamic_slice_fusion": False},
 }
 
 
-def compiler_options(mesh: Mesh) -> dict[str, Any]:
+def compiler_options(mesh: Mesh, model: DeepSeekV3) -> dict[str, Any]:
     """XLA's options for a training step on these devices; what each brought: docs/performance.md.
 
     On GPUs XLA plans with 76% of the memory, however much of it this process may take, and what
     does not fit there it computes again. So it is told how much that is.
+
+    And it can have kernels read from the stacks of all layers, and write into them, in place of
+    copies. But where a result is both used and kept for the backward pass, it runs the kernel
+    twice. In FP8 little of what is kept is used as well; in BF16, and where everything is kept,
+    that costs more than the copies.
     """
     (platform,) = {device.platform for device in mesh.devices.flat}
     options = _COMPILER_OPTIONS.get(platform, {}) | sharding.exchange_options(mesh)
     if platform == "gpu":
+        in_place = model.precision.matmuls == "fp8" and model.remat != "none"
+        options["xla_gpu_enable_dynamic_slice_fusion"] = in_place
         names = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"
         fraction = next((float(os.environ[name]) for name in names if os.environ.get(name)), 0.75)
         options["xla_gpu_memory_limit_slop_factor"] = round(100 * fraction / 0.8)
     return options
 
 
-def jit_step(step: TrainStep, state: TrainState) -> TrainStep:
+def jit_step(step: TrainStep, state: TrainState, model: DeepSeekV3) -> TrainStep:
     """Compile with donation; every leaf stays where it was, and every process sees the metrics."""
     where = jax.tree.map(lambda x: x.sharding, state)
     mesh = getattr(where.step, "mesh", None)
@@ -296,7 +302,7 @@ def jit_step(step: TrainStep, state: TrainState) -> TrainStep:
         step,
         donate_argnums=0,
         out_shardings=(where, where.step),
-        compiler_options=compiler_options(mesh) or None,
+        compiler_options=compiler_options(mesh, model) or None,
     )
 
 

@@ -280,6 +280,7 @@ def train_reward_model(config: RewardModelConfig) -> Outcome | None:
     loss_fn = make_loss(model, config.kind, config.best_grade)
     with jax.set_mesh(mesh), Checkpointer(config.out, keep_last=loop.keep_last) as saver:
         task = Task(
+            model=model,
             step=make_train_step(model, tx, loss_fn, bias_speed(config.optim, steps)),
             # Every process holds all examples, so one stream serves them all.
             batches=TrainRows(

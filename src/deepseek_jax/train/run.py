@@ -154,6 +154,7 @@ def run(
     peak = peak_flops(jax.devices()[0])
     evaluate = make_evaluate(course.eval_batches, trainee, feed)
     task = Task(
+        model=model,
         step=make_train_step(
             model,
             course.tx,

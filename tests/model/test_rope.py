@@ -1,0 +1,42 @@
+"""Rotation of a part of every head, and its gradient."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deepseek_jax.model.rope import apply_rope, rope_tables, rotate_last
+from tests.configs import MICRO
+
+WHOLE = MICRO.qk_rope_head_dim
+
+
+def _plain(x_BTNX, cos_BTp, sin_BTp):
+    first = x_BTNX.shape[-1] - WHOLE
+    rotated = apply_rope(x_BTNX[..., first:], cos_BTp, sin_BTp)
+    return jnp.concatenate([x_BTNX[..., :first], rotated], axis=-1)
+
+
+@pytest.mark.parametrize("width", [WHOLE, WHOLE + 1, 3 * WHOLE])
+def test_rotation_of_the_last_numbers_and_its_gradient(width):
+    """Also where nothing, or little, is left as it is."""
+    tables = rope_tables(MICRO, jnp.array([[0, 1, 2, 50, 1000], [3, 1, 0, 7, 11]]))
+    x, gradient = jax.random.normal(jax.random.key(0), (2, 2, 5, 3, width))
+    want, want_back = jax.vjp(lambda x: _plain(x, *tables), x)
+    got, back = jax.vjp(lambda x: rotate_last(x, *tables), x)
+    np.testing.assert_array_equal(got, want)
+    np.testing.assert_allclose(back(gradient)[0], want_back(gradient)[0], atol=1e-6)
+    # A rotation back and forth, since no YaRN stretches it here.
+    np.testing.assert_allclose(back(got)[0], x, atol=1e-6)
+
+
+def test_the_gradient_is_not_put_together_from_padded_halves():
+    tables = rope_tables(MICRO, jnp.arange(5)[None])
+    x = jnp.ones((1, 5, 3, 3 * WHOLE))
+
+    def primitives(rotate):
+        program = jax.make_jaxpr(jax.grad(lambda x: jnp.sum(rotate(x, *tables) ** 2)))(x)
+        return str(program).count(" pad[")
+
+    assert primitives(_plain) > 0
+    assert primitives(rotate_last) == 0
