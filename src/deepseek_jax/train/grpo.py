@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from deepseek_jax import distributed, sharding
-from deepseek_jax.checkpoint import Checkpointer, Restored, claim_run_directory
+from deepseek_jax.checkpoint import claim_run_directory
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.convert.sidecars import copy_sidecars
 from deepseek_jax.data.chat import ChatTemplate
@@ -42,11 +42,11 @@ from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.evaluate import solve
 from deepseek_jax.generate import Engine, EngineConfig, Sampling
 from deepseek_jax.model.transformer import DeepSeekV3
-from deepseek_jax.report import LossMonitor, MetricsWriter, Progress, plot_rewards, read_metrics
+from deepseek_jax.report import LossMonitor, Progress, plot_rewards, read_metrics
 from deepseek_jax.rewards import RewardSum, Term
 from deepseek_jax.rewards.verifiers import verifier
 from deepseek_jax.train.logprobs import make_scorer, policy_output
-from deepseek_jax.train.loop import LoopConfig, divide_batch, jit_step, stop_requests
+from deepseek_jax.train.loop import LoopConfig, Place, divide_batch, jit_step, stop_requests
 from deepseek_jax.train.losses import LossParts
 from deepseek_jax.train.objective import ObjectiveConfig, StepTotals, policy_loss, step_totals
 from deepseek_jax.train.optim import (
@@ -70,12 +70,12 @@ from deepseek_jax.train.rollout import (
 from deepseek_jax.train.run import (
     MAY_CHANGE,
     RunConfig,
-    check_reached,
     check_vocabulary,
     first_state,
     identity,
     load_weights,
     model_of,
+    opened,
 )
 from deepseek_jax.train.sft import in_mtp
 from deepseek_jax.train.step import (
@@ -227,17 +227,10 @@ def grpo(config: GrpoConfig, terms: Sequence[Term] | None = None) -> GrpoResult 
     claim(dry_run=True)
     with jax.set_mesh(mesh):
         trainer = _Trainer(config, model_config, mesh, prompter, tasks, general, terms)
-        keep = {"keep_last": config.loop.keep_last, "keep_every": config.loop.keep_every}
-        with Checkpointer(config.out, **keep) as saver:
-            restored = saver.restore_latest(trainer.abstract) if config.resume else None
-            check_reached(config, restored)
-            state = restored.state if restored else trainer.fresh_state()
-            claim()
+        with opened(config, config.loop, trainer.abstract, trainer.fresh_state, claim) as place:
             if jax.process_index() == 0:
                 copy_sidecars(source, config.out)
-            resumed = restored.step if restored else None
-            with MetricsWriter(config.out, resumed_step=resumed) as writer:
-                result = trainer.learn(state, saver, writer, restored)
+            result = trainer.learn(place)
     if result is not None and jax.process_index() == 0:
         plot_rewards(read_metrics(config.out / "metrics.jsonl"), config.out / "rewards.png")
     return result
@@ -293,22 +286,17 @@ class _Trainer:
             totals_of=rollout_totals,
         )
 
-    def fresh_state(self) -> TrainState:
+    def fresh_state(self, abstract: TrainState) -> TrainState:
         """The policy to begin with."""
         assert self.config.init is not None
         weights = load_weights(self.config.init, self.model, self.mesh)
-        return first_state(*weights, self.tx, self.abstract)
+        return first_state(*weights, self.tx, abstract)
 
-    def learn(
-        self,
-        state: TrainState,
-        saver: Checkpointer,
-        writer: MetricsWriter,
-        restored: Restored | None,
-    ) -> GrpoResult | None:
+    def learn(self, place: Place) -> GrpoResult | None:
         """All steps, and an evaluation before and after."""
         config, loop = self.config, self.config.loop
-        first = restored.step if restored else 0
+        state, saver, writer, restored = place
+        first = place.step
         stream = self.stream()
         monitor = LossMonitor(max_consecutive=loop.max_skips)
         if restored is not None:

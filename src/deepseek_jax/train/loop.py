@@ -127,6 +127,22 @@ class Task(NamedTuple):
     """``sample(state, step)``: what the model says so far, shown at every evaluation."""
 
 
+class Place(NamedTuple):
+    """Where a run stands, and where it writes."""
+
+    state: TrainState
+    """At the beginning, or as restored."""
+    checkpointer: Checkpointer
+    writer: MetricsWriter
+    restored: Restored | None = None
+    """What the run is continued from."""
+
+    @property
+    def step(self) -> int:
+        """The steps that have been made."""
+        return self.restored.step if self.restored else 0
+
+
 class Outcome(NamedTuple):
     """How ``fit`` ended."""
 
@@ -163,17 +179,8 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
             signal.signal(signum, handler)
 
 
-def fit(
-    task: Task,
-    config: LoopConfig,
-    state: TrainState,
-    checkpointer: Checkpointer,
-    writer: MetricsWriter,
-    restored: Restored | None = None,
-    *,
-    started: float | None = None,
-) -> Outcome:
-    """Train from ``state`` (or where ``restored`` left off) to ``config.steps``.
+def fit(task: Task, config: LoopConfig, place: Place, *, started: float | None = None) -> Outcome:
+    """Train from where the run stands to ``config.steps``.
 
     ``started`` is when the stage began, by ``time.perf_counter``; the first step says how long
     it has been since.
@@ -182,12 +189,13 @@ def fit(
         UserError: too many steps were skipped, or a checkpoint could not be written. The last
             good checkpoint is intact either way.
     """
+    state, checkpointer, writer, restored = place
     monitor = LossMonitor(max_consecutive=config.max_skips, min_margin=task.spike_margin)
-    first, tokens = 0, 0
+    first, tokens = place.step, 0
     first_load = last_load = None
     key = jax.random.key(config.init_seed)
     if restored is not None:
-        first, key = restored.step, restored.rng
+        key = restored.rng
         task.batches.set_state(restored.data_states)
         monitor.load(restored.extra["monitor"])
         first_load, last_load = (np.asarray(restored.extra[k]) for k in ("first_load", "last_load"))

@@ -23,13 +23,12 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from deepseek_jax import sharding
-from deepseek_jax.checkpoint import Checkpointer, claim_run_directory
+from deepseek_jax.checkpoint import claim_run_directory
 from deepseek_jax.config import ModelConfig, Precision
 from deepseek_jax.data.feed import TrainRows
 from deepseek_jax.data.pipeline import NO_THREADS, SameData
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.model.transformer import DeepSeekV3
-from deepseek_jax.report import MetricsWriter
 from deepseek_jax.train.loop import LoopConfig, Outcome, Task, divide_batch, fit
 from deepseek_jax.train.losses import LossParts, Totals, hidden_states
 from deepseek_jax.train.optim import OptimConfig, bias_speed, learning_rate, make_optimizer
@@ -41,6 +40,7 @@ from deepseek_jax.train.run import (
     identity,
     load_weights,
     model_of,
+    opened,
 )
 from deepseek_jax.train.step import LossFn, abstract_state, make_train_step
 from deepseek_jax.types import Array, Batch, Params, TrainState, UserError
@@ -278,33 +278,31 @@ def train_reward_model(config: RewardModelConfig) -> Outcome | None:
     _check_lengths(config, examples, tokenizer)  # before the directory is a run's
     tx = make_optimizer(config.optim, steps)
     loss_fn = make_loss(model, config.kind, config.best_grade)
-    with jax.set_mesh(mesh), Checkpointer(config.out, keep_last=loop.keep_last) as saver:
-        task = Task(
-            model=model,
-            step=make_train_step(model, tx, loss_fn, bias_speed(config.optim, steps)),
-            # Every process holds all examples, so one stream serves them all.
-            batches=TrainRows(
-                functools.partial(_batches, config, examples, tokenizer), feed, streams=1
-            ),
-            feed=feed,
-            learning_rate=learning_rate(config.optim, steps),
-            # A pair judged wrongly may cost any number of nats, and is what there is to learn.
-            spike_margin=math.inf,
-            shown=("accuracy",),
-        )
-        abstract = abstract_state(model, tx, mesh)
-        restored = saver.restore_latest(abstract) if config.resume else None
-        if restored is not None:
-            state = restored.state
-        else:
-            weights = _policy_and_head(config, policy_config, mesh, abstract)
-            state = first_state(*weights, tx, abstract)
-        claim()
+    task = Task(
+        model=model,
+        step=make_train_step(model, tx, loss_fn, bias_speed(config.optim, steps)),
+        # Every process holds all examples, so one stream serves them all.
+        batches=TrainRows(
+            functools.partial(_batches, config, examples, tokenizer), feed, streams=1
+        ),
+        feed=feed,
+        learning_rate=learning_rate(config.optim, steps),
+        # A pair judged wrongly may cost any number of nats, and is what there is to learn.
+        spike_margin=math.inf,
+        shown=("accuracy",),
+    )
+
+    def fresh_state(abstract: TrainState) -> TrainState:
+        weights = _policy_and_head(config, policy_config, mesh, abstract)
+        return first_state(*weights, tx, abstract)
+
+    with (
+        jax.set_mesh(mesh),
+        opened(config, loop, abstract_state(model, tx, mesh), fresh_state, claim) as place,
+    ):
         if jax.process_index() == 0:
             tokenizer.save(config.out / "tokenizer.json")
-        resumed = restored.step if restored else None
-        with MetricsWriter(config.out, resumed_step=resumed) as writer:
-            outcome = fit(task, loop, state, saver, writer, restored, started=started)
+        outcome = fit(task, loop, place, started=started)
     if not outcome.finished:
         return None
     if jax.process_index() == 0:

@@ -1,5 +1,6 @@
 """What the stages that learn from batches share: a run's configuration, its start, its course."""
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -14,7 +15,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deepseek_jax import sharding
-from deepseek_jax.checkpoint import Checkpointer, Restored, load_params
+from deepseek_jax.checkpoint import Checkpointer, load_params
 from deepseek_jax.checkpoint.files import local_path
 from deepseek_jax.checkpoint.run_directory import NO_RESUME, read_run
 from deepseek_jax.config import ModelConfig, Precision, RematPolicy
@@ -38,6 +39,7 @@ from deepseek_jax.train.loop import (
     Evaluation,
     LoopConfig,
     Outcome,
+    Place,
     Task,
     fit,
     from_json,
@@ -172,31 +174,45 @@ def run(
         frozen=trainee.frozen,
         sample=course.sample,
     )
-    keep = {"keep_last": loop.keep_last, "keep_every": loop.keep_every}
-    with Checkpointer(config.out, **keep) as saver:
-        abstract = abstract_state(model, course.tx, mesh, trainee.abstract)
-        restored = saver.restore_latest(abstract) if config.resume else None
-        check_reached(config, restored)
-        state = restored.state if restored else course.fresh_state(abstract)
-        course.claim()
-        _announce(config, trainee, mesh, restored.step if restored else 0)
-        resumed = restored.step if restored else None
-        with MetricsWriter(config.out, resumed_step=resumed) as writer:
-            outcome = fit(task, loop, state, saver, writer, restored, started=started)
-            if not outcome.finished:
-                return None
-            evaluation = evaluate(outcome.state, None)
-            writer.write(outcome.step, evaluation.scalars())
+    abstract = abstract_state(model, course.tx, mesh, trainee.abstract)
+    with opened(config, loop, abstract, course.fresh_state, course.claim) as place:
+        _announce(config, trainee, mesh, place.step)
+        outcome = fit(task, loop, place, started=started)
+        if not outcome.finished:
+            return None
+        evaluation = evaluate(outcome.state, None)
+        place.writer.write(outcome.step, evaluation.scalars())
     return outcome, evaluation
 
 
-def check_reached(config: RunConfig, restored: Restored | None) -> None:
-    """Refuse to continue to where the run has already passed."""
-    if restored is not None and restored.step > config.loop.steps:
-        raise UserError(
-            f"{config.out} has made {restored.step} steps already, more than "
-            f"steps={config.loop.steps}; raise --steps, or use what it has saved."
-        )
+@contextlib.contextmanager
+def opened(
+    config: StageConfig,
+    loop: LoopConfig,
+    abstract: TrainState,
+    fresh_state: Callable[[TrainState], TrainState],
+    claim: Callable[[], None],
+) -> Iterator[Place]:
+    """The run in ``config.out``: from its last checkpoint with ``resume``, else from the start.
+
+    The directory is claimed once there is a state: weights that cannot be read cost no earlier run.
+
+    Raises:
+        UserError: if there is nothing to resume, or the run has gone further than it is to go.
+    """
+    keep = {"keep_last": loop.keep_last, "keep_every": loop.keep_every}
+    with Checkpointer(config.out, **keep) as saver:
+        restored = saver.restore_latest(abstract) if config.resume else None
+        if restored is not None and restored.step > loop.steps:
+            raise UserError(
+                f"{config.out} has made {restored.step} steps already, more than "
+                f"steps={loop.steps}; raise --steps, or use what it has saved."
+            )
+        state = restored.state if restored else fresh_state(abstract)
+        claim()
+        resumed = restored.step if restored else None
+        with MetricsWriter(config.out, resumed_step=resumed) as writer:
+            yield Place(state, saver, writer, restored)
 
 
 # --- identity --------------------------------------------------------------------------------
