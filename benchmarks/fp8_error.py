@@ -59,6 +59,12 @@ def silu(x: np.ndarray) -> np.ndarray:
     return x / (1 + np.exp(-x))
 
 
+def swiglu_gradient(gate: np.ndarray, up: np.ndarray, dh: np.ndarray) -> np.ndarray:
+    """Of gate and up, side by side."""
+    sigmoid = 1 / (1 + np.exp(-gate))
+    return np.concatenate([dh * up * sigmoid * (1 + gate * (1 - sigmoid)), dh * silu(gate)], axis=1)
+
+
 def distance(got: Any, want: np.ndarray | None) -> str:
     """Relative, as text."""
     if want is None:
@@ -80,10 +86,6 @@ def quantizations(rows: int, columns: int) -> list[Row]:
     gate_up, dh = normal(1, rows, 2 * columns), normal(2, rows, columns)
     gate, up = np.split(exact(gate_up), 2, axis=1)
     kept = quantize_tiles(gate_up, power_of_two=True)
-    kept_gate, kept_up = np.split(exact(kept), 2, axis=1)
-    sigmoid = 1 / (1 + np.exp(-kept_gate))
-    dgate = exact(dh) * kept_up * sigmoid * (1 + kept_gate * (1 - sigmoid))
-    gradient = np.concatenate([dgate, exact(dh) * silu(kept_gate)], axis=1)
     turned = requantize_tiles(quantize_tiles(x, power_of_two=True), tiles)
     # Back into rows: what lies past a group's end in its last tile is not its own.
     ends = np.cumsum(np.asarray(sizes))
@@ -102,7 +104,7 @@ def quantizations(rows: int, columns: int) -> list[Row]:
             "`swiglu_gradient_quantize_tiles`, by row",
             swiglu_gradient_quantize_tiles(kept, dh).by_row[0],
             None,
-            gradient,
+            swiglu_gradient(gate, up, exact(dh)),
         ),
     ]
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from deepseek_jax.config import Yarn
 from deepseek_jax.model.rope import apply_rope, rope_tables, rotate_last
 from tests.configs import MICRO
 
@@ -17,10 +18,13 @@ def _plain(x_BTNX, cos_BTp, sin_BTp):
     return jnp.concatenate([x_BTNX[..., :first], rotated], axis=-1)
 
 
+POSITIONS = jnp.array([[0, 1, 2, 50, 1000], [3, 1, 0, 7, 11]])
+
+
 @pytest.mark.parametrize("width", [WHOLE, WHOLE + 1, 3 * WHOLE])
 def test_rotation_of_the_last_numbers_and_its_gradient(width):
     """Also where nothing, or little, is left as it is."""
-    tables = rope_tables(MICRO, jnp.array([[0, 1, 2, 50, 1000], [3, 1, 0, 7, 11]]))
+    tables = rope_tables(MICRO, POSITIONS)
     x, gradient = jax.random.normal(jax.random.key(0), (2, 2, 5, 3, width))
     want, want_back = jax.vjp(lambda x: _plain(x, *tables), x)
     got, back = jax.vjp(lambda x: rotate_last(x, *tables), x)
@@ -30,13 +34,26 @@ def test_rotation_of_the_last_numbers_and_its_gradient(width):
     np.testing.assert_allclose(back(got)[0], x, atol=1e-6)
 
 
+def test_the_gradient_in_bfloat16_of_a_stretched_rotation():
+    """With tables that YaRN scales; V3's are not scaled, since there both of its numbers are 1."""
+    yarn = Yarn(factor=40.0, mscale=1.0, mscale_all_dim=0.5, original_max_position_embeddings=8)
+    tables = rope_tables(MICRO.replace(rope_scaling=yarn), POSITIONS)
+    assert float(tables[0].max()) == pytest.approx((0.1 * np.log(40) + 1) / (0.05 * np.log(40) + 1))
+    x, gradient = jax.random.normal(jax.random.key(1), (2, 2, 5, 3, 3 * WHOLE), jnp.bfloat16)
+    got, back = jax.vjp(lambda x: rotate_last(x, *tables), x)
+    want, want_back = jax.vjp(lambda x: _plain(x, *tables), x)
+    np.testing.assert_array_equal(got.astype(jnp.float32), want.astype(jnp.float32))
+    got, want = (f(gradient)[0].astype(jnp.float32) for f in (back, want_back))
+    np.testing.assert_allclose(got, want, rtol=2**-7, atol=2**-6)
+
+
 def test_the_gradient_is_not_put_together_from_padded_halves():
     tables = rope_tables(MICRO, jnp.arange(5)[None])
     x = jnp.ones((1, 5, 3, 3 * WHOLE))
 
-    def primitives(rotate):
+    def pads(rotate):
         program = jax.make_jaxpr(jax.grad(lambda x: jnp.sum(rotate(x, *tables) ** 2)))(x)
         return str(program).count(" pad[")
 
-    assert primitives(_plain) > 0
-    assert primitives(rotate_last) == 0
+    assert pads(_plain) > 0
+    assert pads(rotate_last) == 0

@@ -139,7 +139,12 @@ def test_xla_plans_with_the_memory_that_the_process_may_take(monkeypatch, fracti
 
 @pytest.mark.parametrize(
     ("matmuls", "remat", "in_place"),
-    [("fp8", "selective", True), ("fp8", "none", False), ("compute", "selective", False)],
+    [
+        ("fp8", "selective", True),
+        ("fp8", "full", True),
+        ("fp8", "none", False),
+        ("compute", "selective", False),
+    ],
 )
 def test_kernels_write_into_the_stack_of_layers_where_none_would_run_twice(
     matmuls, remat, in_place

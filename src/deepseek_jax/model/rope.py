@@ -69,8 +69,7 @@ def rotate_last(
     """Every head with its last 2p numbers rotated and those before them as they are.
 
     The gradient is the rotation back, in one pass as well: by itself autodiff pads the halves'
-    gradients to full width and adds them up, which takes a GPU 1.7 times as long. Positions have no
-    gradient.
+    gradients to full width and adds them up. Positions have no gradient.
     """
     first = x_BTNX.shape[-1] - 2 * cos_BTp.shape[-1]
     rotated = apply_rope(x_BTNX[..., first:], cos_BTp, sin_BTp)

@@ -46,7 +46,7 @@ from deepseek_jax.report import LossMonitor, Progress, plot_rewards, read_metric
 from deepseek_jax.rewards import RewardSum, Term
 from deepseek_jax.rewards.verifiers import verifier
 from deepseek_jax.train.logprobs import make_scorer, policy_output
-from deepseek_jax.train.loop import LoopConfig, Place, divide_batch, jit_step, stop_requests
+from deepseek_jax.train.loop import LoopConfig, OpenRun, divide_batch, jit_step, stop_requests
 from deepseek_jax.train.losses import LossParts
 from deepseek_jax.train.objective import ObjectiveConfig, StepTotals, policy_loss, step_totals
 from deepseek_jax.train.optim import (
@@ -75,7 +75,7 @@ from deepseek_jax.train.run import (
     identity,
     load_weights,
     model_of,
-    opened,
+    open_run,
 )
 from deepseek_jax.train.sft import in_mtp
 from deepseek_jax.train.step import (
@@ -227,10 +227,10 @@ def grpo(config: GrpoConfig, terms: Sequence[Term] | None = None) -> GrpoResult 
     claim(dry_run=True)
     with jax.set_mesh(mesh):
         trainer = _Trainer(config, model_config, mesh, prompter, tasks, general, terms)
-        with opened(config, config.loop, trainer.abstract, trainer.fresh_state, claim) as place:
+        with open_run(config, config.loop, trainer.abstract, trainer.fresh_state, claim) as opened:
             if jax.process_index() == 0:
                 copy_sidecars(source, config.out)
-            result = trainer.learn(place)
+            result = trainer.learn(opened)
     if result is not None and jax.process_index() == 0:
         plot_rewards(read_metrics(config.out / "metrics.jsonl"), config.out / "rewards.png")
     return result
@@ -292,11 +292,11 @@ class _Trainer:
         weights = load_weights(self.config.init, self.model, self.mesh)
         return first_state(*weights, self.tx, abstract)
 
-    def learn(self, place: Place) -> GrpoResult | None:
+    def learn(self, opened: OpenRun) -> GrpoResult | None:
         """All steps, and an evaluation before and after."""
         config, loop = self.config, self.config.loop
-        state, saver, writer, restored = place
-        first = place.step
+        state, saver, writer, restored = opened
+        first = opened.step
         stream = self.stream()
         monitor = LossMonitor(max_consecutive=loop.max_skips)
         if restored is not None:

@@ -106,6 +106,7 @@ class Task(NamedTuple):
     """What the loop works on; made by a stage (``pretrain``, ...)."""
 
     model: DeepSeekV3
+    """What the step trains, for XLA's options."""
     step: TrainStep
     batches: TrainRows
     """This process's rows of the micro-batches."""
@@ -127,7 +128,7 @@ class Task(NamedTuple):
     """``sample(state, step)``: what the model says so far, shown at every evaluation."""
 
 
-class Place(NamedTuple):
+class OpenRun(NamedTuple):
     """Where a run stands, and where it writes."""
 
     state: TrainState
@@ -179,7 +180,7 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
             signal.signal(signum, handler)
 
 
-def fit(task: Task, config: LoopConfig, place: Place, *, started: float | None = None) -> Outcome:
+def fit(task: Task, config: LoopConfig, run: OpenRun, *, started: float | None = None) -> Outcome:
     """Train from where the run stands to ``config.steps``.
 
     ``started`` is when the stage began, by ``time.perf_counter``; the first step says how long
@@ -189,9 +190,9 @@ def fit(task: Task, config: LoopConfig, place: Place, *, started: float | None =
         UserError: too many steps were skipped, or a checkpoint could not be written. The last
             good checkpoint is intact either way.
     """
-    state, checkpointer, writer, restored = place
+    state, checkpointer, writer, restored = run
     monitor = LossMonitor(max_consecutive=config.max_skips, min_margin=task.spike_margin)
-    first, tokens = place.step, 0
+    first, tokens = run.step, 0
     first_load = last_load = None
     key = jax.random.key(config.init_seed)
     if restored is not None:
@@ -269,17 +270,10 @@ def fit(task: Task, config: LoopConfig, place: Place, *, started: float | None =
     return Outcome(state, step, step == config.steps, first_load, last_load)
 
 
-_COMPILER_OPTIONS = {
-    # Without these two every exchange of tokens is synchronous, and nothing can run under it.
-    "tpu": {
-        "xla_tpu_enable_async_ragged_all_to_all": "true",
-        "xla_tpu_enable_async_all_to_all": "true",
-    },
-}
-
-
 def compiler_options(mesh: Mesh, model: DeepSeekV3) -> dict[str, Any]:
     """XLA's options for a training step on these devices; what each brought: docs/performance.md.
+
+    On TPUs every exchange of tokens is synchronous by default, and nothing can run under it.
 
     On GPUs XLA plans with 76% of the memory, however much of it this process may take, and what
     does not fit there it computes again. So it is told how much that is.
@@ -290,7 +284,10 @@ def compiler_options(mesh: Mesh, model: DeepSeekV3) -> dict[str, Any]:
     that costs more than the copies.
     """
     (platform,) = {device.platform for device in mesh.devices.flat}
-    options = _COMPILER_OPTIONS.get(platform, {}) | sharding.exchange_options(mesh)
+    options = sharding.exchange_options(mesh)
+    if platform == "tpu":
+        options["xla_tpu_enable_async_ragged_all_to_all"] = "true"
+        options["xla_tpu_enable_async_all_to_all"] = "true"
     if platform == "gpu":
         in_place = model.precision.matmuls == "fp8" and model.remat != "none"
         options["xla_gpu_enable_dynamic_slice_fusion"] = in_place

@@ -40,7 +40,7 @@ from deepseek_jax.train.run import (
     identity,
     load_weights,
     model_of,
-    opened,
+    open_run,
 )
 from deepseek_jax.train.step import LossFn, abstract_state, make_train_step
 from deepseek_jax.types import Array, Batch, Params, TrainState, UserError
@@ -298,11 +298,11 @@ def train_reward_model(config: RewardModelConfig) -> Outcome | None:
 
     with (
         jax.set_mesh(mesh),
-        opened(config, loop, abstract_state(model, tx, mesh), fresh_state, claim) as place,
+        open_run(config, loop, abstract_state(model, tx, mesh), fresh_state, claim) as opened,
     ):
         if jax.process_index() == 0:
             tokenizer.save(config.out / "tokenizer.json")
-        outcome = fit(task, loop, place, started=started)
+        outcome = fit(task, loop, opened, started=started)
     if not outcome.finished:
         return None
     if jax.process_index() == 0:

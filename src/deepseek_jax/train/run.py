@@ -38,8 +38,8 @@ from deepseek_jax.report import (
 from deepseek_jax.train.loop import (
     Evaluation,
     LoopConfig,
+    OpenRun,
     Outcome,
-    Place,
     Task,
     fit,
     from_json,
@@ -175,30 +175,30 @@ def run(
         sample=course.sample,
     )
     abstract = abstract_state(model, course.tx, mesh, trainee.abstract)
-    with opened(config, loop, abstract, course.fresh_state, course.claim) as place:
-        _announce(config, trainee, mesh, place.step)
-        outcome = fit(task, loop, place, started=started)
+    with open_run(config, loop, abstract, course.fresh_state, course.claim) as opened:
+        _announce(config, trainee, mesh, opened.step)
+        outcome = fit(task, loop, opened, started=started)
         if not outcome.finished:
             return None
         evaluation = evaluate(outcome.state, None)
-        place.writer.write(outcome.step, evaluation.scalars())
+        opened.writer.write(outcome.step, evaluation.scalars())
     return outcome, evaluation
 
 
 @contextlib.contextmanager
-def opened(
+def open_run(
     config: StageConfig,
     loop: LoopConfig,
     abstract: TrainState,
     fresh_state: Callable[[TrainState], TrainState],
     claim: Callable[[], None],
-) -> Iterator[Place]:
-    """The run in ``config.out``: from its last checkpoint with ``resume``, else from the start.
+) -> Iterator[OpenRun]:
+    """The run in ``config.out``: with ``resume`` from its checkpoint, if any, else from the start.
 
-    The directory is claimed once there is a state: weights that cannot be read cost no earlier run.
+    The directory is claimed once there is a state: weights that cannot be read leave no run behind.
 
     Raises:
-        UserError: if there is nothing to resume, or the run has gone further than it is to go.
+        UserError: if it cannot be claimed, or has gone further than it is to go.
     """
     keep = {"keep_last": loop.keep_last, "keep_every": loop.keep_every}
     with Checkpointer(config.out, **keep) as saver:
@@ -206,13 +206,14 @@ def opened(
         if restored is not None and restored.step > loop.steps:
             raise UserError(
                 f"{config.out} has made {restored.step} steps already, more than "
-                f"steps={loop.steps}; raise --steps, or use what it has saved."
+                f"steps={loop.steps}; ask for more steps, give it all the data that it was started "
+                "with, or use what it has saved."
             )
         state = restored.state if restored else fresh_state(abstract)
         claim()
         resumed = restored.step if restored else None
         with MetricsWriter(config.out, resumed_step=resumed) as writer:
-            yield Place(state, saver, writer, restored)
+            yield OpenRun(state, saver, writer, restored)
 
 
 # --- identity --------------------------------------------------------------------------------
