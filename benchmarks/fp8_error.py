@@ -29,9 +29,7 @@ from pallas_kernels.quantize import (
     swiglu_gradient_quantize_tiles,
     swiglu_quantize_tiles,
 )
-from pallas_kernels.reference import Quantized, ragged_tiles
-
-TILE = 128
+from pallas_kernels.reference import TILE, Quantized, has_block_scales, ragged_tiles
 
 
 class Row(NamedTuple):
@@ -39,8 +37,8 @@ class Row(NamedTuple):
 
     name: str
     got: Any
-    arithmetic: np.ndarray | None
-    whole: np.ndarray | None
+    arithmetic: np.ndarray | None = None
+    whole: np.ndarray | None = None
 
 
 def exact(x: Any) -> np.ndarray:
@@ -48,10 +46,11 @@ def exact(x: Any) -> np.ndarray:
     if not isinstance(x, Quantized):
         return np.asarray(x, np.float64)
     values, scale = np.asarray(x.values, np.float64), np.asarray(x.scale, np.float64)
-    if scale.shape[-2:] == (-(-values.shape[-1] // TILE), values.shape[-2]) and scale.ndim == 2:
-        return values * np.repeat(scale.T, TILE, axis=1)[:, : values.shape[1]]
-    blocks = np.repeat(np.repeat(scale, TILE, axis=-2), TILE, axis=-1)
-    return values * blocks[..., : values.shape[-2], : values.shape[-1]]
+    if has_block_scales(x):
+        scale = np.repeat(scale, TILE, axis=-2)[..., : values.shape[-2], :]
+    else:
+        scale = scale.T
+    return values * np.repeat(scale, TILE, axis=-1)[..., : values.shape[-1]]
 
 
 def silu(x: np.ndarray) -> np.ndarray:
@@ -94,17 +93,16 @@ def quantizations(rows: int, columns: int) -> list[Row]:
         own = exact(turned)[:, first * TILE : first * TILE + size]
         turned_back[end - size : end] = own.T
     return [
-        Row("`quantize_tiles`", quantize_tiles(x), None, exact(x)),
-        Row("the same, powers of two", quantize_tiles(x, power_of_two=True), None, exact(x)),
-        Row("`quantize_tiles_both`, by column", quantize_tiles_both(x).by_column, None, exact(x).T),
-        Row("`quantize_blocks`", quantize_blocks(x), None, exact(x)),
-        Row("`requantize_tiles`, of tiles along the rows", turned_back, None, exact(x)[:total]),
-        Row("`swiglu_quantize_tiles`", swiglu_quantize_tiles(gate_up), None, silu(gate) * up),
+        Row("`quantize_tiles`", quantize_tiles(x), whole=exact(x)),
+        Row("the same, powers of two", quantize_tiles(x, power_of_two=True), whole=exact(x)),
+        Row("`quantize_tiles_both`, by column", quantize_tiles_both(x).by_column, whole=exact(x).T),
+        Row("`quantize_blocks`", quantize_blocks(x), whole=exact(x)),
+        Row("`requantize_tiles`, of tiles along the rows", turned_back, whole=exact(x)[:total]),
+        Row("`swiglu_quantize_tiles`", swiglu_quantize_tiles(gate_up), whole=silu(gate) * up),
         Row(
             "`swiglu_gradient_quantize_tiles`, by row",
             swiglu_gradient_quantize_tiles(kept, dh).by_row[0],
-            None,
-            swiglu_gradient(gate, up, exact(dh)),
+            whole=swiglu_gradient(gate, up, exact(dh)),
         ),
     ]
 
@@ -130,9 +128,9 @@ def products(m: int, n: int, k: int) -> list[Row]:
             exact(x_q) @ exact(by_column).T,
             want,
         ),
-        Row("`fp8_linear`", y, None, want),
-        Row("its gradient of x", dx, None, exact(dy) @ exact(w).T),
-        Row("its gradient of w", dw, None, exact(x).T @ exact(dy)),
+        Row("`fp8_linear`", y, whole=want),
+        Row("its gradient of x", dx, whole=exact(dy) @ exact(w).T),
+        Row("its gradient of w", dw, whole=exact(x).T @ exact(dy)),
     ]
     gate_w, up_w, down = (
         normal(seed, *shape) * jnp.bfloat16(k**-0.5)
@@ -140,7 +138,7 @@ def products(m: int, n: int, k: int) -> list[Row]:
     )
     gate, up = exact(x) @ exact(gate_w), exact(x) @ exact(up_w)
     out = fp8_swiglu_ffn(x, gate_w, up_w, down)
-    return [*found, Row("`fp8_swiglu_ffn`", out, None, (silu(gate) * up) @ exact(down))]
+    return [*found, Row("`fp8_swiglu_ffn`", out, whole=(silu(gate) * up) @ exact(down))]
 
 
 def grouped(sizes: list[int], n: int, k: int) -> list[Row]:
@@ -157,16 +155,17 @@ def grouped(sizes: list[int], n: int, k: int) -> list[Row]:
     want_dx = np.concatenate(each(lambda g, s: exact(dy)[s] @ exact(w)[g].T))
     want_dw = np.stack(each(lambda g, s: exact(x)[s].T @ exact(dy)[s]))
     rows = []
-    for name, f in (("`grouped_matmul`, BF16", grouped_matmul), ("`fp8_grouped_linear`", None)):
-        y, back = jax.vjp(lambda x, w, f=f: (f or fp8_grouped_linear)(x, w, sizes_G), x, w)
+    for name, multiply, measure in (
+        ("`grouped_matmul`, BF16", grouped_matmul, "arithmetic"),
+        ("`fp8_grouped_linear`", fp8_grouped_linear, "whole"),
+    ):
+        y, back = jax.vjp(lambda x, w, multiply=multiply: multiply(x, w, sizes_G), x, w)
         dx, dw = back(dy)
-        exactly = f is not None
-        for what, got, wanted in (
-            (name, y, want),
-            ("its gradient of x", dx, want_dx),
-            ("its gradient of w", dw, want_dw),
-        ):
-            rows.append(Row(what, got, wanted if exactly else None, None if exactly else wanted))
+        rows += [
+            Row(name, y, **{measure: want}),
+            Row("its gradient of x", dx, **{measure: want_dx}),
+            Row("its gradient of w", dw, **{measure: want_dw}),
+        ]
     x_q, w_q = quantize_tiles(x), quantize_blocks(jnp.swapaxes(w, 1, 2))
     quantized = np.concatenate(each(lambda g, s: exact(x_q)[s] @ exact(w_q)[g].T))
     rows.append(Row("`fp8_grouped_matmul`", fp8_grouped_matmul(x_q, w_q, sizes_G), quantized, want))
@@ -192,7 +191,7 @@ def attention(batch: int, heads: int, slots: int, rank: int, rotated: int) -> li
     weights = np.exp(scale * (scores - scores.max(-1, keepdims=True)))
     weights /= weights.sum(-1, keepdims=True)
     want = np.einsum("bns,bsr->bnr", weights, exact(cache)[0])[:, None]
-    return [Row("`mla_decode`, BF16", got, want, None)]
+    return [Row("`mla_decode`, BF16", got, arithmetic=want)]
 
 
 def main() -> None:

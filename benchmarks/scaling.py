@@ -136,8 +136,9 @@ class Setup:
         self.config = slice_of(variant.slice, self.mesh.shape["expert"])
         sharding.GPU_PIECES = variant.pieces
         precision = Precision(matmuls=variant.matmuls)
-        model = DeepSeekV3(self.config, precision, remat, variant.parallel, whole_rows=True)
-        self.model = model
+        self.model = model = DeepSeekV3(
+            self.config, precision, remat, variant.parallel, whole_rows=True
+        )
         tx = optim.make_optimizer(optim.OptimConfig(warmup_steps=0, moments="bfloat16"), 1000)
 
         def loss_fn(params, bias, batch, totals, step):

@@ -200,8 +200,7 @@ def open_run(
     Raises:
         UserError: if it cannot be claimed, or has gone further than it is to go.
     """
-    keep = {"keep_last": loop.keep_last, "keep_every": loop.keep_every}
-    with Checkpointer(config.out, **keep) as saver:
+    with Checkpointer(config.out, keep_last=loop.keep_last, keep_every=loop.keep_every) as saver:
         restored = saver.restore_latest(abstract) if config.resume else None
         if restored is not None and restored.step > loop.steps:
             raise UserError(
