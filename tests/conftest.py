@@ -9,6 +9,10 @@ import tempfile
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# libtpu compiles for TPUs that are not there: in several workers at a time, and without asking a
+# metadata server for the slice that it is on, for which it would wait.
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 if "--xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     # Eight devices on two busy cores may wait for one another for longer than the 40 seconds
     # after which XLA takes a collective for stuck and kills the process.

@@ -1,7 +1,6 @@
-"""TPU kernels compile ahead of time, for chips that nobody needs to have (pip install libtpu)."""
+"""TPU kernels compile ahead of time, for chips that nobody needs to have."""
 
 import functools
-import os
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,6 @@ from pallas_kernels.reference import Quantized
 from pallas_kernels.tpu import grouped_matmul, matmul, mla_attention
 
 pytest.importorskip("libtpu")
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else libtpu asks a metadata server, and waits
 
 
 each_chip = pytest.mark.parametrize(
