@@ -160,9 +160,9 @@ def _fp8_rows(x, w, dy, sizes, flops):
         return functools.partial(_error, x=reference.dequantize(q), matrices=matrices, sizes=sizes)
 
     a, b = both_x.by_row, w_transposed
-    for tall in (False, True):
-        multiply = jax.jit(functools.partial(hopper.fp8_grouped_matmul, tall=tall))
-        label = f"ours, FP8, fprop, {'tall' if tall else 'wide'} tiles"
+    for name, form in (("wide", hopper.WIDE), ("tall", hopper.TALL), ("three", hopper.THREE)):
+        multiply = jax.jit(functools.partial(hopper.fp8_grouped_matmul, form=form))
+        label = f"ours, FP8, fprop, {name}"
         _row(label, flops, multiply, [(a, b, group_sizes)], of(a, matrix(b)))
     a, b = both_dy.by_row, w_fp8
     multiply = jax.jit(hopper.fp8_grouped_matmul)

@@ -38,6 +38,31 @@ def median_seconds(
     return statistics.median((run(short + calls) - run(short)) / calls for _ in range(repeats))
 
 
+def sustained_seconds(
+    f: Callable, inputs: Sequence[tuple], *, warm: float = 0.25, seconds: float = 0.3
+) -> float:
+    """Seconds of one call of ``f`` in a long row of calls, after ``warm`` seconds of them.
+
+    A large product alone brings a GPU to its power limit, as a training step does, but not at once:
+    the clock falls after some tenths of a second. A short run is timed before it does, and so
+    favours what is fast over what takes little energy.
+    """
+
+    def run(count: int) -> float:
+        out = None
+        start = time.perf_counter()
+        for i in range(count):
+            out = f(*inputs[i % len(inputs)])
+        jax.block_until_ready(out)
+        return time.perf_counter() - start
+
+    run(len(inputs))  # compiles
+    once = run(3) / 3
+    run(max(1, round(warm / once)))
+    count = max(3, round(seconds / once))
+    return run(count) / count
+
+
 BEGAN = time.perf_counter()
 
 

@@ -40,6 +40,7 @@ _STORE_BYTES = 128  # width of a chunk of the result on its way out: one swizzle
 _SHARED_BYTES = 227 * 1024 - 2048  # of a block, less what barriers and alignment take
 # Of a thread of the producer and of a consumer, by the number of consumers; as they come for one.
 _REGISTERS = {2: (40, 232), 3: (32, 160)}
+_MANY_ROWS = 16384
 # What a product of few rows costs, in units of the time in which memory delivers a block of 128x128
 # to anyone: a multiprocessor takes one step of K in so many (0.4 us where memory delivers 3 TB/s),
 # so that fewer of them leave memory idle. A tile takes so many steps more to begin and to end.
@@ -110,8 +111,11 @@ def tiling_by_rule(m: int, n: int, k: int, *, b_in_tiles: bool, multiprocessors:
     if m <= _ROWS and not b_in_tiles:
         return tiling_of_few_rows(m, n, k, multiprocessors=multiprocessors)
     # A tall tile is cheaper per row, unless it leaves multiprocessors idle. With a scale per column
-    # as well, promotion takes so long that two consumers cannot hide it: a third can.
-    tall = Tiling(waves=1, warpgroups=3, store_slots=2) if b_in_tiles else Tiling(waves=2)
+    # as well, promotion takes so long that two consumers cannot hide it: a third can. A third also
+    # takes less energy per product, which is what counts in a product of so many rows that it
+    # brings the device to its power limit.
+    three = Tiling(waves=1, warpgroups=3, store_slots=2)
+    tall = three if b_in_tiles or m >= _MANY_ROWS else Tiling(waves=2)
     low = Tiling(waves=1)
 
     def cost(tiling):

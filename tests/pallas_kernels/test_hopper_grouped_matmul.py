@@ -21,6 +21,9 @@ needs_simulation = pytest.mark.skipif(
     reason="before 0.11, Pallas cannot simulate a transposed operand",
 )
 
+FORMS = [
+    pytest.param(getattr(hopper, name), id=name.lower()) for name in ("WIDE", "TALL", "THREE")
+]
 # Empty groups at both ends and in the middle, one row, boundaries off every multiple of 8.
 SIZES = [[128, 128], [100, 0, 28, 77], [0, 3, 130, 0, 1, 0], [0, 0, 64]]
 
@@ -38,7 +41,7 @@ SIZES_AT_EDGES = st.sampled_from([0, 1, 7, 8, 9, 127, 128, 129, 300, 511])
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(SIZES_AT_EDGES, min_size=9, max_size=9), st.sampled_from([128, 256]))
+@given(st.lists(SIZES_AT_EDGES, min_size=9, max_size=9), st.sampled_from([128, 192, 256]))
 def test_every_row_is_stored_once_and_by_its_group(sizes, rows):
     m = 9 * 512  # one shape for all examples, so that one compilation serves them all
     lists = row_tiles(jnp.asarray(sizes, jnp.int32), m, rows)
@@ -85,11 +88,11 @@ def test_bfloat16(sizes, transpose_w, interpret):
 
 @simulated_and_real
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-@pytest.mark.parametrize("tall", [False, True], ids=["wide", "tall"])
-def test_fp8(tall, sizes, interpret):
+@pytest.mark.parametrize("form", FORMS)
+def test_fp8(form, sizes, interpret):
     x, w, group_sizes = matrices(sizes, 640, 320)
     a, b = quantize.quantize_tiles(x), quantize.quantize_blocks(w.swapaxes(1, 2))
-    got = hopper.fp8_grouped_matmul(a, b, group_sizes, tall=tall, interpret=interpret)
+    got = hopper.fp8_grouped_matmul(a, b, group_sizes, form=form, interpret=interpret)
     want = np.asarray(reference.fp8_grouped_matmul(a, b, group_sizes, out_dtype=jnp.float32))
     # Tensor cores sum E4M3 products to about 13 bits: an error relative to the largest sums.
     atol = 1e-2 if interpret else 2.0**-11 * np.abs(want).max()
@@ -121,8 +124,8 @@ def test_rows_past_the_last_group_are_zero(fp8, padding, sizes, interpret):
     assert np.isfinite(want).all()
     if fp8:
         a, b = quantize.quantize_tiles(x), quantize.quantize_blocks(w.swapaxes(1, 2))
-        tall = padding == 3
-        got = hopper.fp8_grouped_matmul(a, b, group_sizes, tall=tall, interpret=interpret)
+        form = hopper.TALL if padding == 3 else hopper.THREE
+        got = hopper.fp8_grouped_matmul(a, b, group_sizes, form=form, interpret=interpret)
     else:
         got = hopper.grouped_matmul(x, w, group_sizes, interpret=interpret)
     assert (np.asarray(got, np.float32)[sum(sizes) :] == 0).all()

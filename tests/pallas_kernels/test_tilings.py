@@ -91,6 +91,10 @@ def test_the_real_table_holds_tilings_that_exist():
 @pytest.mark.parametrize("b_in_tiles", [False, True])
 def test_candidates_start_with_the_rule_and_are_all_different(b_in_tiles):
     rule = matmul.tiling_by_rule(4096, 4096, 4096, b_in_tiles=b_in_tiles, multiprocessors=132)
-    found = autotune.candidates(rule, b_in_tiles=b_in_tiles)
+    found = autotune.forms(rule, b_in_tiles=b_in_tiles)
     assert found[0] == rule
-    assert len(set(found)) == len(found) >= 8
+    assert len(set(found)) == len(found) >= 6
+    for tiling in found:
+        others = autotune.refinements(tiling)
+        assert tiling not in others
+        assert len(set(others)) == len(others) >= 4

@@ -68,12 +68,13 @@ def rotate_last(
 ) -> Float[Array, "B T N X"]:
     """Every head with its last 2p numbers rotated and those before them as they are.
 
-    The gradient is the rotation back, in one pass as well: by itself autodiff pads the halves'
+    These are not moved: what is rotated is written over what it was made of, where nobody else
+    wants that. The gradient is the rotation back, likewise: by itself autodiff pads the halves'
     gradients to full width and adds them up. Positions have no gradient.
     """
     first = x_BTNX.shape[-1] - 2 * cos_BTp.shape[-1]
     rotated = apply_rope(x_BTNX[..., first:], cos_BTp, sin_BTp)
-    return jnp.concatenate([x_BTNX[..., :first], rotated], axis=-1)
+    return jax.lax.dynamic_update_slice_in_dim(x_BTNX, rotated, first, axis=-1)
 
 
 def _rotate_last_forward(x_BTNX, cos_BTp, sin_BTp):
