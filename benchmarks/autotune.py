@@ -57,7 +57,9 @@ def refinements(best: hopper.Tiling) -> list[hopper.Tiling]:
 def tune(shape: tuple[int, ...], *, b_in_tiles: bool, rounds: int) -> dict | None:
     """An entry for the table, or None where the tiling by rule is as good as any."""
     m, n, k = shape
-    sets = [fp8_gemm.operands(jax.random.key(seed), m, n, k, b_in_tiles)[:2] for seed in range(2)]
+    sets: list[tuple] = [
+        fp8_gemm.operands(jax.random.key(seed), m, n, k, b_in_tiles)[:2] for seed in range(2)
+    ]
     rule = hopper.tiling_by_rule(
         m, n, k, b_in_tiles=b_in_tiles, multiprocessors=compat.multiprocessors()
     )

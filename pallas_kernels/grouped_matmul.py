@@ -19,10 +19,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import backend, reference
-from pallas_kernels.reference import TILE, Quantized, RaggedTiles
+from pallas_kernels.backend import Impl as Fp8Impl
+from pallas_kernels.reference import (
+    TILE,
+    Quantized,
+    RaggedTiles,
+    has_block_scales,
+    has_tile_scales,
+)
 
 Impl = Literal["auto", "hopper", "tpu", "blocked"]
-Fp8Impl = Literal["auto", "hopper", "tpu", "reference"]
 
 # Rows per dense product. A group wastes half a block on average, so small blocks for few rows;
 # large enough that the product, not the loop around it, takes the time.
@@ -44,7 +50,8 @@ def grouped_matmul(
     Args:
         x_MK: rows in group order; the first ``group_sizes[0]`` belong to group 0, and so on.
         w_GKN: one matrix per group.
-        group_sizes_G: rows of each group, 0 allowed. The sum may be less than M, never more.
+        group_sizes_G: rows of each group, 0 allowed. The sum may be less than M; if it is more,
+            which only the device knows, results are wrong.
         impl: ``hopper`` needs bfloat16 operands, and K and N that are multiples of 64.
             ``tpu`` copies ``x`` unless M is a multiple of 512, and in `shard_map` it wants
             ``check_vma=False``. ``blocked`` loops over row blocks of one group each. In all, work
@@ -55,8 +62,11 @@ def grouped_matmul(
         ``[M, N]`` in the dtype of ``x``; sums are float32.
 
     Raises:
-        ValueError: if ``impl="hopper"`` is asked for operands that it cannot take.
+        ValueError: if the operands do not fit one another, or ``impl="hopper"`` is asked for such
+            as it cannot take.
     """
+    backend.check_impl("grouped_matmul", impl, ("auto", "hopper", "tpu", "blocked"))
+    _check("grouped_matmul", x_MK.shape[1], w_GKN.shape[1], w_GKN.shape[0], group_sizes_G)
     x_MK, w_GKN, group_sizes_G = backend.varying_alike(x_MK, w_GKN, group_sizes_G)
     if impl == "auto":
         impl = _pick(x_MK, w_GKN)
@@ -96,11 +106,21 @@ def fp8_grouped_matmul(
             ``hopper`` reads in place.
         group_sizes_G: rows of each group, 0 allowed; the sum may be less than M.
         out_dtype: bfloat16 or float32 (which ``hopper`` lacks); sums are FP32.
-        impl: ``hopper`` and ``tpu`` need K and N that are multiples of 128. ``reference`` does G
-            times the work. ``auto`` takes what can run, and logs it.
+        impl: ``hopper`` and ``tpu`` need K and N that are multiples of 128; in `shard_map`, ``tpu``
+            wants ``check_vma=False``. ``reference`` does G times the work, in G times the memory.
+            ``auto`` takes what can run, and logs it.
+
+    Raises:
+        ValueError: if the operands do not fit one another, have scales of another kind, or are
+            such as the implementation asked for cannot take.
     """
-    _, N, K = b.shape
-    fits = K % TILE == N % TILE == 0 and 0 not in (*a.values.shape, *b.values.shape)
+    (M, K_rows), (G, N, K) = a.values.shape, b.shape
+    _check("fp8_grouped_matmul", K_rows, K, G, group_sizes_G)
+    if not has_tile_scales(a) or not has_block_scales(b):
+        raise ValueError("fp8_grouped_matmul: rows need 1x128 tile scales, matrices 128x128 blocks")
+    if 0 in (M, N, K, G):
+        return jnp.zeros((M, N), out_dtype)
+    fits = K % TILE == N % TILE == 0
     impl = _pick_fp8("fp8_grouped_matmul", fits, impl, on_hopper=out_dtype == jnp.bfloat16)
     if impl == "hopper":
         from pallas_kernels.hopper import grouped_matmul as hopper
@@ -130,7 +150,15 @@ def fp8_grouped_wgrad(
         tiles: From `ragged_tiles`.
         out_dtype: float32 or bfloat16; sums are FP32, promoted every tile.
         impl: as in `fp8_grouped_matmul`; M and N must be multiples of 128 for the kernels.
+
+    Raises:
+        ValueError: as in `fp8_grouped_matmul`.
     """
+    if a.values.shape[1] != b.values.shape[1]:
+        raise ValueError(
+            "fp8_grouped_wgrad: the operands have tiles of different rows, "
+            f"{a.values.shape[1]} and {b.values.shape[1]} in all"
+        )
     fits = a.values.shape[0] % TILE == b.values.shape[0] % TILE == 0
     fits = fits and 0 not in (*a.values.shape, *b.values.shape)
     impl = _pick_fp8("fp8_grouped_wgrad", fits, impl)
@@ -145,8 +173,17 @@ def fp8_grouped_wgrad(
     return reference.fp8_grouped_wgrad(a, b, tiles, out_dtype=out_dtype)
 
 
+def _check(operation: str, K_rows: int, K: int, G: int, group_sizes_G: jax.Array) -> None:
+    """Refuse what would multiply numbers that have nothing to do with one another."""
+    if K_rows != K:
+        raise ValueError(f"{operation}: rows have K = {K_rows}, the matrices K = {K}")
+    if len(group_sizes_G) != G:
+        raise ValueError(f"{operation}: {len(group_sizes_G)} group sizes for {G} matrices")
+
+
 def _pick_fp8(operation: str, fits: bool, impl: Fp8Impl, *, on_hopper: bool = True) -> Fp8Impl:
     """What to run. ``fits``: whether kernels take the shapes; ``on_hopper``: and the one there."""
+    backend.check_impl(operation, impl, ("auto", "hopper", "tpu", "reference"))
     if impl == "auto":
         impl = "reference"
         if fits and backend.platform() == "tpu":

@@ -46,6 +46,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, UInt8
 
 from pallas_kernels import backend
+from pallas_kernels.backend import Impl
 from pallas_kernels.grouped_matmul import fp8_grouped_matmul, fp8_grouped_wgrad
 from pallas_kernels.matmul import fp8_matmul
 from pallas_kernels.quantize import (
@@ -61,7 +62,6 @@ from pallas_kernels.quantize import (
 )
 from pallas_kernels.reference import E4M3, TILE, Quantized, RaggedTiles
 
-Impl = Literal["auto", "hopper", "tpu", "reference"]
 Weights = jax.Array | Quantized | tuple[jax.Array | Quantized, ...]
 
 
@@ -83,6 +83,7 @@ def fp8_linear(
     Returns:
         ``[M, N]`` in the dtype of ``x``.
     """
+    _check_input("fp8_linear", x_MK)
     if _one_by_one(w_KN):
         return jnp.concatenate([fp8_linear(x_MK, w, impl=impl) for w in w_KN], axis=1)
     return _linear(*backend.varying_alike(x_MK, w_KN), impl)
@@ -108,6 +109,7 @@ def fp8_grouped_linear(
     Returns:
         ``[M, N]`` in the dtype of ``x``.
     """
+    _check_input("fp8_grouped_linear", x_MK)
     return _grouped(*backend.varying_alike(x_MK, w_GKN, group_sizes_G), impl)
 
 
@@ -131,6 +133,7 @@ def fp8_swiglu_ffn(
     Returns:
         ``[M, N]`` in the dtype of ``x``.
     """
+    _check_input("fp8_swiglu_ffn", x_MD)
     x_MD, weights = backend.varying_alike(x_MD, _FfnWeights(w1_DF, w3_DF, w2_FD))
     return _ffn(x_MD, None, weights, None, None, impl, False)[0]
 
@@ -163,6 +166,7 @@ def fp8_grouped_swiglu_ffn(
             its own gradient are. Scales should be powers of two (see `requantize_tiles`).
         impl: as in `fp8_grouped_linear`.
     """
+    _check_input("fp8_grouped_swiglu_ffn", x_MD)
     weights = _FfnWeights(w1_GDF, w3_GDF, w2_GFD)
     args = backend.varying_alike(x_MD, factors_M, weights, group_sizes_G, quantized)
     return _ffn(*args, impl, False)[0]
@@ -186,6 +190,7 @@ def fp8_grouped_swiglu_ffn_returned(
     scales that are powers of two (see `requantize_tiles`). The gradient of the first result itself
     is not read.
     """
+    _check_input("fp8_grouped_swiglu_ffn", x_MD)
     weights = _FfnWeights(w1_GDF, w3_GDF, w2_GFD)
     args = backend.varying_alike(x_MD, factors_M, weights, group_sizes_G, quantized)
     return _ffn(*args, impl, True)
@@ -203,6 +208,15 @@ def as_bytes(values: Float[Array, "..."]) -> UInt8[Array, "..."]:
 def from_bytes(values: UInt8[Array, "..."]) -> Float[Array, "..."]:
     """`as_bytes` undone."""
     return jax.lax.bitcast_convert_type(values, E4M3)
+
+
+def _check_input(operation: str, x_MK: jax.Array) -> None:
+    """Refuse activations that are no matrix of floating point numbers."""
+    if x_MK.ndim != 2 or not jnp.issubdtype(x_MK.dtype, jnp.floating):
+        raise ValueError(
+            f"{operation}: x must be a floating point matrix [M, K], not "
+            f"{x_MK.dtype}{list(x_MK.shape)}; reshape it"
+        )
 
 
 def _one_by_one(w: Weights) -> TypeGuard[tuple[jax.Array | Quantized, ...]]:
@@ -389,6 +403,7 @@ def _ffn_fwd(x_MD, factors_M, weights, sizes_G, quantized, impl, returned):
     kept_gate_up = _named(quantize_tiles(gate_up_MF, impl=_quantizer(impl)), "fp8_gate_up")
     M, N = y_MN.shape
     way = Quantized(jnp.zeros((M, N), E4M3), jnp.zeros((-(-N // TILE), M), jnp.float32))
+    way, _ = backend.varying_alike(way, y_MN)
     like = x_MD[:0], _FfnWeights(*map(_like, weights))
     return (y_MN, way), (*kept, kept_gate_up, factors_M, kept_weights, sizes_G, like)
 

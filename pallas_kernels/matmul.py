@@ -1,14 +1,11 @@
 """The block-scaled FP8 matmul of DeepSeek-V3 (section 3.3), and the choice of its backend."""
 
-from typing import Literal
-
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels import backend, reference
-from pallas_kernels.reference import Quantized
-
-Impl = Literal["auto", "hopper", "tpu", "reference"]
+from pallas_kernels.backend import Impl
+from pallas_kernels.reference import Quantized, has_tile_scales
 
 
 def fp8_matmul(
@@ -25,11 +22,22 @@ def fp8_matmul(
             [L, N, K], which ``hopper`` reads in place.
         out_dtype: bfloat16 or float32; sums are FP32 either way.
         impl: ``hopper``, ``tpu`` and ``reference`` are taken at their word and raise where they
-            cannot run; ``auto`` picks by the default device and logs what it picked, once.
+            cannot run; ``auto`` picks by the default device and logs what it picked, once. In
+            `shard_map`, ``tpu`` wants ``check_vma=False``.
 
     Returns:
         The [M, N] product.
+
+    Raises:
+        ValueError: if the operands do not fit one another, or ``a`` has block scales.
     """
+    backend.check_impl("fp8_matmul", impl, ("auto", "hopper", "tpu", "reference"))
+    if a.values.shape[-1] != b.shape[-1]:
+        raise ValueError(
+            f"fp8_matmul: contracted sizes differ: {a.values.shape[-1]} and {b.shape[-1]}"
+        )
+    if not has_tile_scales(a):
+        raise ValueError("fp8_matmul: the left operand needs 1x128 tile scales")
     if impl == "auto":
         impl = _pick()
     if impl == "reference":
@@ -38,11 +46,9 @@ def fp8_matmul(
         from pallas_kernels.hopper import matmul as hopper_matmul
 
         return hopper_matmul.fp8_matmul(a, b, out_dtype=out_dtype)
-    if impl == "tpu":
-        from pallas_kernels.tpu import matmul as tpu_matmul
+    from pallas_kernels.tpu import matmul as tpu_matmul
 
-        return tpu_matmul.fp8_matmul(a, b.cut_out(), out_dtype=out_dtype)
-    raise ValueError(f"unknown implementation {impl!r}")
+    return tpu_matmul.fp8_matmul(a, b.cut_out(), out_dtype=out_dtype)
 
 
 def _pick() -> Impl:

@@ -5,15 +5,12 @@ slot with N queries, and reads it once. What an implementation has to see to is 
 where the slot lies, in the stack of all layers, and that slots nobody has filled cost nothing.
 """
 
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import backend, reference
-
-Impl = Literal["auto", "hopper", "tpu", "reference"]
+from pallas_kernels.backend import Impl
 
 
 def mla_decode(
@@ -52,6 +49,7 @@ def mla_decode(
     Raises:
         ValueError: if a kernel is asked for operands that it cannot take.
     """
+    backend.check_impl("mla_decode", impl, ("auto", "hopper", "tpu", "reference"))
     arrays = q_nope_BTNR, q_pe_BTNP, c_kv_LBSR, k_pe_LBSP
     if impl == "auto":
         impl = _pick(*arrays)

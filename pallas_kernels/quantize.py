@@ -6,6 +6,7 @@ input.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -64,16 +65,16 @@ def quantize_tiles(
     Returns:
         ``values`` in E4M3, and ``scale`` with one row per 128 of the contracted axis.
     """
+    if axis not in (-2, -1, 0, 1):
+        raise ValueError(f"quantize_tiles: a matrix has no axis {axis}")
     transposed = axis % 2 == 0
-    if impl == "auto" and transposed:
-        impl = _pick(x, None, impl)
-    elif impl == "auto":
+    if transposed:
+        impl = _pick("quantize_tiles, transposed", _fits(x, None), impl)
+    else:
         fits = x.shape[0] % 64 == 0 and x.shape[1] % TILE == 0 and x.dtype.itemsize <= 4
-        impl = "hopper" if fits and backend.on_hopper() else "reference"
+        impl = _pick("quantize_tiles", fits, impl, can=backend.on_hopper)
     if impl == "reference":
         return reference.quantize_tiles(x, axis=axis, power_of_two=power_of_two)
-    if impl != "hopper":
-        raise ValueError(f"unknown implementation {impl!r}")
     if transposed:
         return _hopper(x, None, by_row=False, power_of_two=power_of_two)[0]
     from pallas_kernels.hopper import quantize as hopper_quantize
@@ -100,7 +101,7 @@ def quantize_tiles_both(
         impl: ``hopper`` reads a bfloat16 matrix once; it wants columns by the 128 and rows by the
             128, or, in groups, by the 8 and at least 128. ``auto`` takes it where it can run.
     """
-    if _pick(x_MN, tiles, impl) == "hopper":
+    if _pick("quantize_tiles_both", _fits(x_MN, tiles), impl) == "hopper":
         return BothWays(*_hopper(x_MN, tiles, power_of_two=power_of_two))
     return _reference_both(x_MN, tiles, power_of_two)
 
@@ -126,7 +127,8 @@ def swiglu_quantize_tiles(
         power_of_two: Round scales up to powers of two.
         impl: As in `quantize_tiles_both`.
     """
-    if _pick(gate_up_MF, tiles, impl, halves=True) == "hopper":
+    fits = _fits(gate_up_MF, tiles, halves=True)
+    if _pick("swiglu_quantize_tiles", fits, impl) == "hopper":
         options = dict(swiglu=True, by_column=False, power_of_two=power_of_two)
         return _hopper(gate_up_MF, tiles, factors_M=factors_M, **options)[0]
     h_MK = reference.swiglu(gate_up_MF, factors_M)
@@ -185,8 +187,9 @@ def swiglu_gradient_quantize_tiles(
     Raises:
         ValueError: if ``hopper`` is asked for what it cannot take.
     """
-    if _pick(dh_MK, tiles, impl) == "hopper":
-        if not _fits(dh_MK, tiles):
+    fits = _fits(dh_MK, tiles)
+    if _pick("swiglu_gradient_quantize_tiles", fits, impl) == "hopper":
+        if not fits:
             raise ValueError(f"no kernel for the gradient of SwiGLU, {dh_MK.dtype}{dh_MK.shape}")
         from pallas_kernels.hopper import swiglu_gradient
 
@@ -223,7 +226,7 @@ def requantize_tiles(
     such, nothing is rounded but the new values.
     """
     x_MK = reference.dequantize(q).astype(jnp.bfloat16)  # not computed where the kernel is taken
-    if _pick(x_MK, tiles, impl) == "hopper":
+    if _pick("requantize_tiles", _fits(x_MK, tiles), impl) == "hopper":
         options = dict(scale_kM=q.scale, by_row=False, power_of_two=power_of_two)
         return _hopper(q.values, tiles, **options)[0]
     return reference.quantize_tiles_ragged(x_MK, tiles, power_of_two=power_of_two)
@@ -256,12 +259,14 @@ def _both_on_hopper() -> bool:
     return compat.loads_transposed()
 
 
-def _pick(x: jax.Array, tiles: RaggedTiles | None, impl: Impl, *, halves: bool = False) -> Impl:
+def _pick(
+    operation: str, fits: bool, impl: Impl, *, can: Callable[[], bool] = _both_on_hopper
+) -> Impl:
+    """What to run: the kernel if it takes the operands and ``can`` run here."""
+    backend.check_impl(operation, impl, ("auto", "hopper", "reference"))
     if impl == "auto":
-        fits = _fits(x, tiles, halves=halves)
-        return "hopper" if fits and _both_on_hopper() else "reference"
-    if impl not in ("hopper", "reference"):
-        raise ValueError(f"unknown implementation {impl!r}")
+        impl = "hopper" if fits and can() else "reference"
+        backend.say_once(operation, impl)
     return impl
 
 
@@ -315,12 +320,11 @@ def quantize_blocks_both(
         and 0 not in part.shape
         for part in parts
     )
-    if impl == "auto":
-        impl = "hopper" if fits and _both_on_hopper() else "reference"
+    impl = _pick("quantize_blocks_both", fits, impl)
     if impl == "reference":
         q = reference.quantize_blocks(jnp.concatenate(parts, -1), power_of_two=power_of_two)
         return q, transpose_blocks(q)
-    if impl != "hopper" or not fits:
+    if not fits:
         shapes = ", ".join(f"{part.dtype}{part.shape}" for part in parts)
         raise ValueError(f"no implementation {impl!r} for {shapes}")
     from pallas_kernels.hopper import quantize_both

@@ -141,7 +141,7 @@ def quantize_tiles(
     padded = jnp.pad(x_RK.astype(jnp.float32), ((0, 0), (0, tiles * TILE - k)))
     x_RkT = padded.reshape(rows, tiles, TILE)
     scale_Rk = scales_of(jnp.max(jnp.abs(x_RkT), axis=2), power_of_two=power_of_two)
-    values = to_e4m3(x_RkT / scale_Rk[:, :, None]).reshape(rows, -1)[:, :k]
+    values = to_e4m3(x_RkT / scale_Rk[:, :, None]).reshape(rows, tiles * TILE)[:, :k]
     return Quantized(values, scale_Rk.T)
 
 
@@ -156,6 +156,8 @@ def quantize_tiles_ragged(
     """
     row_TI = tiles.first_T[:, None] + jnp.arange(TILE)
     own_TI = (row_TI >= tiles.low_T[:, None]) & (row_TI < tiles.high_T[:, None])
+    if not len(x_MK):  # from which nothing can be taken; no tile owns a row
+        x_MK = jnp.zeros((1, x_MK.shape[1]), x_MK.dtype)
     x_XK = jnp.take(x_MK, row_TI.reshape(-1), axis=0, mode="clip")
     x_XK = jnp.where(own_TI.reshape(-1, 1), x_XK, 0)
     return quantize_tiles(x_XK, axis=0, power_of_two=power_of_two)
@@ -216,17 +218,24 @@ def has_block_scales(q: Quantized) -> bool:
     )
 
 
-def _tile_scales(q: Quantized) -> Float[Array, "k R"]:
+def has_tile_scales(q: Quantized) -> bool:
+    """Whether the scales may be 1x128 tiles; of a single tile they may be a block, too."""
+    *lead, rows, k = q.values.shape
+    return q.scale.shape == (*lead, -(-k // TILE), rows)
+
+
+def _tile_scales(q: Quantized) -> Float[Array, "*G k R"]:
     """Scales as 1x128 tiles, whichever form they have."""
     if not has_block_scales(q):
         return q.scale
-    return jnp.repeat(q.scale.T, TILE, axis=1)[:, : q.values.shape[0]]
+    return jnp.repeat(q.scale.swapaxes(-1, -2), TILE, axis=-1)[..., : q.values.shape[-2]]
 
 
-def dequantize(q: Quantized) -> Float[Array, "R K"]:
-    """The FP32 matrix that a quantized one stands for."""
+def dequantize(q: Quantized) -> Float[Array, "*G R K"]:
+    """The FP32 matrix, or one per group, that a quantized one stands for."""
     q = q.cut_out()
-    scale_RK = jnp.repeat(_tile_scales(q).T, TILE, axis=1)[:, : q.values.shape[1]]
+    scale_RK = _tile_scales(q).swapaxes(-1, -2)
+    scale_RK = jnp.repeat(scale_RK, TILE, axis=-1)[..., : q.values.shape[-1]]
     return q.values.astype(jnp.float32) * scale_RK
 
 
@@ -245,7 +254,7 @@ def fp8_matmul(a: Quantized, b: Quantized, *, out_dtype=jnp.bfloat16) -> Float[A
 
     def by_tile(q):
         padded = jnp.pad(q.values.astype(jnp.float32), ((0, 0), (0, tiles * TILE - k)))
-        return padded.reshape(-1, tiles, TILE).transpose(1, 0, 2)
+        return padded.reshape(len(q.values), tiles, TILE).transpose(1, 0, 2)
 
     def promote(total_MN, block):
         a_MT, scale_M, b_NT, scale_N = block

@@ -63,7 +63,7 @@ class Form(NamedTuple):
 
     @property
     def parts(self) -> tuple[tuple[int, int], ...]:
-        """Which of the rows' and of the columns' parts each part is; one of both is the only one."""
+        """Which of the rows' and which of the columns' parts each part is."""
         return tuple((i, j) for i in range(self.row_parts) for j in range(self.column_parts))
 
 

@@ -74,6 +74,10 @@ class Tiling:
             raise ValueError(f"waves must be 1 or 2 and shared 'a', 'b' or 'none', not {self}")
         if (self.waves, self.warpgroups) not in ((1, 1), (1, 2), (2, 2), (1, 3)):
             raise ValueError(f"two waves take 2 consumers, one wave 1 to 3 of them, not {self}")
+        if min(self.group, self.store_slots, self.splits) < 1 or self.stages < 0:
+            raise ValueError(
+                f"groups, buffers and parts are 1 or more, and stages not below 0: {self}"
+            )
 
     @property
     def rows(self) -> int:
@@ -210,7 +214,7 @@ def fp8_grouped_wgrad(
         b: [N, 128 T] values, likewise.
         tiles: Which of the tiles belong to each group; the others are not looked at.
         out_dtype: bfloat16 or float32.
-        tiling: Instead of the default of `tiling_by_rule`.
+        tiling: Instead of the default of `tiling_by_rule`; its ``splits`` must be 1.
         interpret: Simulate on the CPU.
 
     Raises:
@@ -223,6 +227,8 @@ def fp8_grouped_wgrad(
         raise ValueError(f"M and N must be multiples of {TILE}, not {m} and {n}")
     multiprocessors = compat.multiprocessors()
     tiling = tiling or tiling_by_rule(m, n, k, b_in_tiles=True, multiprocessors=multiprocessors)
+    if tiling.splits != 1:
+        raise ValueError("the part of K that a group has is not split further")
     groups = len(tiles.tiles_G)
     kernel = _Kernel(m, n, k, True, jnp.dtype(out_dtype), tiling, groups)
     call = kernel.call(multiprocessors, interpret)

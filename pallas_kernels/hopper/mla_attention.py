@@ -50,6 +50,7 @@ _START = 3  # what a block of threads costs before and after its keys, in blocks
 _ADDING = 3, 0.055
 
 
+@functools.partial(jax.jit, static_argnames=("scale", "splits", "interpret"))
 def mla_decode(
     q_nope_BTNR: Float[Array, "B T N R"],
     q_pe_BTNP: Float[Array, "B T N P"],

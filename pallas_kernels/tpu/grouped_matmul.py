@@ -15,6 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.reference import TILE, Quantized, RaggedTiles
+from pallas_kernels.tpu.matmul import takes_fp8
 
 _ROWS = 256  # of a block: short, because a group ends inside one
 _COLUMNS = 512
@@ -37,9 +38,9 @@ def fp8_grouped_matmul(
     them; a visit keeps what it does not own. Blocks of padding alone are visited once, for zeros.
     """
     (m, k), (groups, n, _) = a.values.shape, b.values.shape
-    if k % TILE or n % TILE or b.values.shape[2] != k:
+    if k % TILE or n % TILE:
         raise ValueError(f"N and K must be multiples of {TILE}, not {n} and {k}")
-    native_fp8 = _native_fp8(native_fp8, interpret)
+    native_fp8 = takes_fp8(native_fp8, interpret)
     # Whole tiles of 128 even of the few rows of decoding: scales lie along them.
     rows, columns = min(_ROWS, pl.cdiv(m, TILE) * TILE), min(_COLUMNS, n)
     visits = row_visits(group_sizes, m, rows)
@@ -119,12 +120,6 @@ def row_visits(
     return block, jnp.where(used, group, len(sizes) - 1), low, high
 
 
-def _native_fp8(native_fp8: bool | None, interpret: bool) -> bool:
-    if native_fp8 is None:
-        return not interpret and "7" in jax.local_devices()[0].device_kind
-    return native_fp8
-
-
 def _partial(a, b, native_fp8):
     """The sum over one tile of K."""
     if not native_fp8:
@@ -184,7 +179,7 @@ def fp8_grouped_wgrad(
     (m, _), n = a.values.shape, b.values.shape[0]
     if m % TILE or n % TILE:
         raise ValueError(f"M and N must be multiples of {TILE}, not {m} and {n}")
-    native_fp8 = _native_fp8(native_fp8, interpret)
+    native_fp8 = takes_fp8(native_fp8, interpret)
     groups, most = len(tiles.tiles_G), len(tiles.first_T)
     if most == 0:
         return jnp.zeros((groups, m, n), out_dtype)

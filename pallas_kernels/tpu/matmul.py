@@ -13,11 +13,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
+from pallas_kernels import backend
 from pallas_kernels.reference import TILE, Quantized, has_block_scales
 
 # Tiles of K per step of the grid: the rows of one FP32 register, so that scales fill it.
 _TILES = 8
 _BLOCK_M, _BLOCK_N = 512, 512
+
+
+def takes_fp8(native_fp8: bool | None, interpret: bool) -> bool:
+    """What was asked for, else whether the chip that is compiled for multiplies in FP8."""
+    if native_fp8 is None:
+        return not interpret and "7" in backend.device_kind()
+    return native_fp8
 
 
 def fp8_matmul(
@@ -49,8 +57,7 @@ def fp8_matmul(
         b_scale = jnp.repeat(b_scale.T, TILE, axis=1)[:, :n]
     if 0 in (m, n, k):
         return jnp.zeros((m, n), out_dtype)
-    if native_fp8 is None:
-        native_fp8 = not interpret and "7" in jax.local_devices()[0].device_kind
+    native_fp8 = takes_fp8(native_fp8, interpret)
 
     # Past the end of an array a block holds anything at all. In rows of a and b that only reaches
     # results that are dropped; along K it would reach all of them, so K ends on a whole tile and

@@ -21,9 +21,7 @@ needs_simulation = pytest.mark.skipif(
     reason="before 0.11, Pallas cannot simulate a transposed operand",
 )
 
-FORMS = [
-    pytest.param(getattr(hopper, name), id=name.lower()) for name in ("WIDE", "TALL", "THREE")
-]
+FORMS = [pytest.param(getattr(hopper, name), id=name.lower()) for name in ("WIDE", "TALL", "THREE")]
 # Empty groups at both ends and in the middle, one row, boundaries off every multiple of 8.
 SIZES = [[128, 128], [100, 0, 28, 77], [0, 3, 130, 0, 1, 0], [0, 0, 64]]
 

@@ -122,7 +122,7 @@ def test_the_differentiable_op(sizes, interpret):
 
 
 @pytest.mark.gpu
-def test_auto_is_the_kernel_on_the_device(caplog):
+def test_auto_is_the_kernel_on_the_device():
     x, _, group_sizes = matrices([100, 28], 128, 192, 9)
     w = jax.random.normal(jax.random.key(0), (2, 128, 192), jnp.bfloat16)
     assert op._pick(x, w) == "hopper"

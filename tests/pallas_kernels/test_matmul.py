@@ -308,13 +308,38 @@ def test_explicit_impl_never_falls_back(impl):
 
 
 def test_auto_says_once_what_it_picked(caplog):
-    backend.say_once.cache_clear()
+    backend._say_once.cache_clear()
     with caplog.at_level(logging.INFO):
         for _ in range(2):
             matmul.fp8_matmul(*operands(8, 8, 8))
     assert [r.name for r in caplog.records if "fp8_matmul runs as" in r.getMessage()] == [
         "pallas_kernels.backend"
     ]
+
+
+def test_that_no_kernel_is_taken_on_an_accelerator_is_a_warning(caplog, monkeypatch):
+    backend._say_once.cache_clear()
+    monkeypatch.setattr(backend, "platform", lambda: "gpu")
+    with caplog.at_level(logging.INFO):
+        backend.say_once("fp8_grouped_matmul", "reference")
+        backend.say_once("fp8_matmul", "hopper")
+    assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
+    assert "no kernel takes these shapes" in caplog.records[0].getMessage()
+
+
+def test_what_is_compiled_for():
+    """The default device, unless a mesh is set."""
+    assert (backend.platform(), backend.device_kind()) == ("cpu", "cpu")
+    with jax.default_device(jax.devices()[1]):
+        assert backend.device_kind() == "cpu"
+    with jax.default_device("cpu"):
+        assert (backend.platform(), backend.device_kind()) == ("cpu", "cpu")
+
+
+def test_a_left_operand_in_blocks_is_refused():
+    a, b = operands(256, 128, 256)
+    with pytest.raises(ValueError, match="left operand needs 1x128 tile scales"):
+        matmul.fp8_matmul(quantize.quantize_blocks(reference.dequantize(a)), b)
 
 
 def test_wrong_shapes_are_named():

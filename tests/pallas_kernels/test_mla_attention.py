@@ -4,7 +4,6 @@ On a Hopper GPU: ``JAX_PLATFORMS=cuda pytest -m gpu tests/pallas_kernels/test_ml
 """
 
 import functools
-import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -186,13 +185,8 @@ simulated_and_real = pytest.mark.parametrize(
         pytest.param(False, id="device", marks=pytest.mark.gpu),
     ],
 )
-needs_hopper_kernel = pytest.mark.skipif(
-    importlib.util.find_spec("pallas_kernels.hopper.mla_attention") is None,
-    reason="there is no such kernel",
-)
 
 
-@needs_hopper_kernel
 @simulated_and_real
 @each_case
 @pytest.mark.parametrize("unseen", [1e30, np.nan])  # the simulation raises where 3e38 overflows
@@ -204,7 +198,6 @@ def test_hopper(T, N, S, lengths, unseen, interpret):
     assert_near(got, in_float32(*args))
 
 
-@needs_hopper_kernel
 @needs_simulation
 @pytest.mark.parametrize("splits", [2, 5])
 def test_hopper_adds_up_parts_of_rows(splits):
@@ -216,7 +209,6 @@ def test_hopper_adds_up_parts_of_rows(splits):
     assert_near(got, in_float32(*args))
 
 
-@needs_hopper_kernel
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="needs jax 0.11")
 @pytest.mark.parametrize("batch", [1, 128])
 def test_hopper_lowers_at_the_shape_of_v3(batch):
@@ -242,7 +234,6 @@ def test_slots_the_hopper_kernel_cannot_take():
 
 
 @pytest.mark.gpu
-@needs_hopper_kernel
 @pytest.mark.parametrize("T", [1, 2, 3])
 @pytest.mark.parametrize("splits", [None, 1, 5])
 def test_hopper_on_long_rows(T, splits):

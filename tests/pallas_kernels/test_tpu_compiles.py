@@ -8,9 +8,10 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from pallas_kernels import quantize, reference
+from pallas_kernels import linear, quantize, reference
 from pallas_kernels.reference import Quantized
 from pallas_kernels.tpu import grouped_matmul, matmul, mla_attention
+from pallas_kernels.tpu.matmul import takes_fp8
 
 pytest.importorskip("libtpu")
 
@@ -68,6 +69,29 @@ def test_fp8_grouped(topology, native_fp8, m, k, n, groups):
     a = shape(k, 128 * most, dtype=reference.E4M3), shape(most, k)
     b = shape(n, 128 * most, dtype=reference.E4M3), shape(most, n)
     assert jax.jit(wgrad).lower(*a, *b, sizes).compile() is not None
+
+
+@each_chip
+def test_layers_and_their_gradients(topology, native_fp8):
+    """As they are called, in a mesh of one chip: by what it multiplies in is not said here."""
+    device = topologies.get_topology_desc(topology, "tpu").devices[0]
+    mesh = jax.sharding.Mesh([device], ("data",))
+    where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    x = jax.ShapeDtypeStruct((384, 256), jnp.bfloat16, sharding=where)
+    w = jax.ShapeDtypeStruct((2, 256, 256), jnp.float32, sharding=where)
+    sizes = jax.ShapeDtypeStruct((2,), jnp.int32, sharding=where)
+
+    def loss(x, w, sizes):
+        y = linear.fp8_linear(x, w[0]) + linear.fp8_grouped_linear(x, w, sizes)
+        y += linear.fp8_grouped_swiglu_ffn(x, x[:, 0], w, w, w, sizes)
+        return y.astype(jnp.float32).sum()
+
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(jax.grad(loss, (0, 1))).lower(x, w, sizes)
+        assert takes_fp8(None, interpret=False) == native_fp8
+    text = lowered.compile().as_text()
+    # Nine products, forward and of both gradients, and those of the network.
+    assert text.count("tpu_custom_call") >= 9
 
 
 @each_chip

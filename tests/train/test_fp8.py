@@ -1,6 +1,7 @@
 """Training with the projections, feed-forward networks and experts in FP8 (V3 section 3.3)."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -87,6 +88,20 @@ def test_fp8_on_a_mesh():
     """Gathered weights, experts on several devices: the same first steps, to FP8's rounding."""
     alone, spread = losses(FP8, "data=1", 4), losses(FP8, "fsdp=2,expert=2", 4)
     np.testing.assert_allclose(alone, spread, rtol=2e-3)
+
+
+def test_the_projection_before_a_prediction_module_is_not_in_fp8():
+    """In the released weights, too, it is in BF16. No other matrix here has a side of 640."""
+    config = CONFIG.replace(num_nextn_predict_layers=1, hidden_size=320)
+    batch = Batch(*(jnp.asarray(x) for x in rows(0)))
+    totals = Totals(batch.loss_weights_BT.sum(), jnp.int32(1))
+    model = DeepSeekV3(config, FP8)
+    params = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
+    loss = lambda p: pretrain_loss(model, p, init_router_bias(config), batch, totals, 0.1)[0]  # noqa: E731
+    jaxpr = str(jax.make_jaxpr(jax.grad(loss))(params))
+    assert "f32[640,320]" in jaxpr
+    assert "f8_e4m3fn[320," in jaxpr
+    assert re.search(r"f8_e4m3fn\[(\d+,)*640", jaxpr) is None
 
 
 def test_what_is_in_fp8_and_what_is_not():

@@ -1,5 +1,6 @@
 """Multi-token prediction (V3 section 2.2, Eqs. 21-25)."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -54,7 +55,9 @@ class MTPModule(ParamModule):
             axis=-1,
         )
         eh_proj = self.weight("eh_proj", (2 * D, D), ("latent_out", "embed"))
-        h_BTD = linear(both, eh_proj, self.precision)  # Eq. 21
+        # In BF16 also where products are in FP8, as the released weights have it.
+        plain = dataclasses.replace(self.precision, matmuls="compute")
+        h_BTD = linear(both, eh_proj, plain)  # Eq. 21
         block: Any = self.block(self.config, self.precision, name="block")
         (h_BTD, cache), report = block((h_BTD, cache), layer, positions)  # Eq. 22
         return rms_norm(h_BTD, self.scale("norm", D), eps), cache, report
