@@ -2,7 +2,10 @@
 
 import io
 import json
+import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,8 +16,10 @@ import pytest
 from deepseek_jax import cli, sharding
 from deepseek_jax.checkpoint import Checkpointer, claim_run_directory
 from deepseek_jax.cli import main
+from deepseek_jax.cli.evaluate import EvalConfig, asked_tasks
 from deepseek_jax.cli.generate import ChatConfig, chat
 from deepseek_jax.data.conversations import parse_record
+from deepseek_jax.data.tasks import open_tasks, split
 from deepseek_jax.data.tokenizer import train_bpe
 from deepseek_jax.generate import Engine, Sampling
 from deepseek_jax.model.transformer import DeepSeekV3
@@ -584,11 +589,77 @@ def test_eval_of_tasks_and_of_text(run_directory, folder, tmp_path, capsys):
     assert "bits_per_byte" in capsys.readouterr().out
 
 
+def test_eval_asks_what_grpo_holds_out(tmp_path):
+    """By the same split, whatever the seed; none of it is what GRPO or rejection sampling ask."""
+    for seed in (0, 1):
+        of_grpo = split(open_tasks("add:2", size=10_000, seed=seed), 0.05)
+        config = EvalConfig(
+            run=tmp_path, tasks="add:2", limit=50, task_seed=seed, held_out_fraction=0.05
+        )
+        asked = asked_tasks(config)
+        assert asked == of_grpo.held_out[:50]
+        assert not {task.prompt for task in asked} & {task.prompt for task in of_grpo.train}
+    every = EvalConfig(run=tmp_path, tasks="add:2", limit=50, task_seed=1)
+    assert asked_tasks(every) == open_tasks("add:2", size=50, seed=1)
+
+
+def test_generate_refuses_before_it_prints_the_prompt(run_directory, capsys):
+    words = ["generate", "the the the the", "--run", str(run_directory), "--compute", "float32"]
+    with pytest.raises(SystemExit) as end:
+        main([*words, "--max-length", "1"])
+    stdout, stderr = capsys.readouterr()
+    assert end.value.code == 2
+    assert not stdout
+    assert "leaves no room in max_length=1" in stderr
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "generate"])
+def test_a_platform_that_is_not_there(stage, folder, run_directory):
+    """In another process, as JAX looks for its devices once."""
+    words = ["x", "--run", str(run_directory)]
+    if stage == "pretrain":
+        words = runs.options(folder.root / "new", folder.source, folder.model)
+    ended = subprocess.run(
+        [sys.executable, "-m", "deepseek_jax.cli", stage, *words],
+        env=os.environ | {"JAX_PLATFORMS": "nowhere"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert ended.returncode == 2
+    assert not ended.stdout
+    assert ended.stderr.startswith("deepseek-jax: JAX can use no device of JAX_PLATFORMS=nowhere (")
+    assert ended.stderr.endswith("or set JAX_PLATFORMS=cpu.\n")
+    assert ended.stderr.count("\n") == 1
+
+
+def test_convert_needs_no_accelerator(run_directory, tmp_path):
+    words = ["convert", str(run_directory), str(tmp_path / "hf")]
+    ended = subprocess.run(
+        [sys.executable, "-m", "deepseek_jax.cli", *words],
+        env=os.environ | {"JAX_PLATFORMS": "nowhere"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert (tmp_path / "hf" / "config.json").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "named"),
     [
         (["convert"], "SOURCE and TARGET"),
         (["convert", "--check", "nowhere"], "nowhere is not a directory"),
+        (["convert", "--check", "run"], "make a folder of it: `deepseek-jax convert run FOLDER`"),
+        (["convert", "a", "b", "--check", "nowhere"], "--check DIR converts nothing; leave out"),
+        (["convert", "--check", "nowhere", "--dtype", "fp8"], "--check DIR converts nothing"),
+        (["convert", "--check", "x", "--shard-size", "9"], "--check DIR converts nothing"),
+        (["convert", "run", "there", "--scale-fmt", "ue8m0"], "; add --dtype fp8"),
+        (["convert", "folder", "there", "--shard-size", "9"], "--shard-size are for a"),
+        (["convert", "folder", "there", "--scale-fmt", "ue8m0"], "there becomes a run directory"),
         (["convert", "nowhere", "there"], "nowhere is not a directory"),
         (["convert", "nowhere", "there", "--workers", "0"], "must be at least 1"),
         (["generate", "x"], "--hf DIR or --run DIR"),
@@ -610,6 +681,14 @@ def test_eval_of_tasks_and_of_text(run_directory, folder, tmp_path, capsys):
         (["reward-model", "--out", "y", "--resume"], "holds no run (no run.json)"),
         (["reward-model", "--init", "x", "--data", "nowhere", "--out", "y"], "cannot read nowhere"),
         (["eval", "--run", "nowhere"], "--tasks or --text"),
+        (
+            ["eval", "--run", "nowhere", "--text", "a", "--held-out-fraction", "0.1"],
+            "--held-out-fraction divides tasks",
+        ),
+        (
+            ["eval", "--run", "nowhere", "--tasks", "add:1", "--held-out-fraction", "1"],
+            "`held_out_fraction` is a share between 0 and 1",
+        ),
         (["eval", "--run", "nowhere", "--tasks", "add:2"], "holds no run"),
         (["generate", "x", "--run", "folder"], "a Hugging Face folder is given as --hf"),
         (["generate", "x", "--hf", "run"], "run is a run and not a Hugging Face folder; give it"),

@@ -1,11 +1,18 @@
 """The launch scripts, with the cluster's commands replaced by ones that write down their words."""
 
+import math
 import os
+import re
+import shlex
 import subprocess
 from pathlib import Path
 
+import jax
 import pytest
 import yaml
+
+from deepseek_jax import sharding
+from deepseek_jax.presets import preset
 
 LAUNCH = Path(__file__).parents[1] / "experiments" / "launch"
 
@@ -133,3 +140,65 @@ def test_the_jobset_is_consistent():
     assert spec["parallelism"] * container["resources"]["limits"]["google.com/tpu"] == chips
     assert f"data={slices}," in container["args"][0]
     subprocess.run(["bash", "-n", "-c", container["args"][0]], check=True)
+
+
+# --- do the commands that are shipped go together? ----------------------------------------------
+
+# Devices that a script is written for, and where its command stands.
+SLURM_DEVICES = 4 * 8
+TPU_VM_DEVICES = 64
+COMMANDS = {
+    "slurm.sbatch": (SLURM_DEVICES, r"sbatch --nodes=4 \S+slurm\.sbatch (.*)"),
+    "tpu_vm.sh": (TPU_VM_DEVICES, r"tpu_vm\.sh run (--.*)"),
+    "gke_jobset.yaml": (2 * 4 * 4 * 8, r"exec deepseek-jax pretrain (.*)"),
+    "../../docs/launch.md": (SLURM_DEVICES, r"`sbatch --nodes=4 \S+slurm\.sbatch ([^`]*)`"),
+    "../../docs/launch.md, TPU": (TPU_VM_DEVICES, r"`run (--mesh [^`]*)`"),
+}
+
+
+def shipped(name: str) -> tuple[int, dict[str, str]]:
+    """Devices, and the options of the command, continued lines joined."""
+    devices, pattern = COMMANDS[name]
+    text = (LAUNCH / name.removesuffix(", TPU")).read_text()
+    lines = re.sub(r" *\\\n#? *", " ", text)
+    (found,) = re.findall(pattern, lines)
+    words = shlex.split(found.replace("$resume", ""))
+    assert all(word.startswith("--") for word in words[::2]), words
+    return devices, dict(zip(words[::2], words[1::2], strict=True))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_what_is_shipped_can_be_divided_over_its_devices(name):
+    devices, options = shipped(name)
+    sizes = sharding.parse_mesh(options["--mesh"])
+    known = math.prod(size for size in sizes.values() if size != -1)
+    sizes = {axis: devices // known if size == -1 else size for axis, size in sizes.items()}
+    assert math.prod(sizes.values()) == devices
+    axes = sharding.MESH_AXES
+    mesh = jax.sharding.AbstractMesh(tuple(sizes.get(axis, 1) for axis in axes), axes)
+    assert int(options["--batch-size"]) % sharding.batch_shards(mesh) == 0
+    assert int(options["--seq-len"]) % sharding.sequence_shards(mesh) == 0
+    if "--model" in options:
+        assert int(options["--seq-len"]) <= preset(options["--model"]).max_position_embeddings
+    assert not {"--source", "--out"} - options.keys() or "docs" in name
+
+
+def test_the_scripts_say_how_many_devices_they_are_for():
+    slurm_text = (LAUNCH / "slurm.sbatch").read_text()
+    assert "#SBATCH --ntasks-per-node=8\n#SBATCH --gpus-per-node=8" in slurm_text
+    assert f"{TPU_VM_DEVICES} chips" in (LAUNCH / "tpu_vm.sh").read_text()
+
+
+def test_another_stage_than_pretraining(stubs):
+    _, log = slurm(stubs, "--init", "out/sft", STAGE="grpo")
+    assert log[3:] == ["/venv/bin/deepseek-jax", "grpo", "--init", "out/sft"]
+    _, log = run(stubs, "tpu_vm.sh", "run", "--init", "out/sft", **SLICE, STAGE="sft")
+    assert any("deepseek-jax sft --init out/sft" in word for word in log)
+
+
+def test_slurm_knows_a_finished_run_of_grpo(stubs):
+    (stubs.parent / "out").mkdir()
+    for name in ("run.json", "rewards.png"):
+        (stubs.parent / "out" / name).touch()
+    _, log = slurm(stubs, "--out", "out", STAGE="grpo")
+    assert log[-1] == "--resume"

@@ -3,15 +3,19 @@
 #
 #   export TPU_NAME=my-slice ZONE=us-east5-a PROJECT=my-project
 #   experiments/launch/tpu_vm.sh install
-#   experiments/launch/tpu_vm.sh run --model mini --mesh fsdp=-1 --out /mnt/shared/mini
+#   experiments/launch/tpu_vm.sh run --model mini --mesh fsdp=-1 --batch-size 256 --seq-len 4096 \
+#     --source /mnt/shared/corpus --out /mnt/shared/mini
 #   experiments/launch/tpu_vm.sh stop      # SIGTERM: the run saves and ends; continue with --resume
 #
 # The slice exists already (gcloud compute tpus tpu-vm create), and `--out` is on a file system
-# that all hosts have mounted (Filestore, or a bucket through gcsfuse).
+# that all hosts have mounted (Filestore, or a bucket through gcsfuse). STAGE=sft, grpo or
+# reward-model runs another command than pretrain. The mesh's devices, 64 chips of a v5p:4x4x4,
+# say, must divide the batch.
 set -euo pipefail
 
 : "${TPU_NAME:?the name of the slice}" "${ZONE:?its zone}" "${PROJECT:?its project}"
 SOURCE=${SOURCE:-$PWD}
+STAGE=${STAGE:-pretrain}
 REMOTE=deepseek_jax
 
 everywhere() {
@@ -33,16 +37,16 @@ case ${1:-} in
     shift
     # Quoted once for the shell over there; no options are needed to find the other hosts.
     printf -v words '%q ' "$@"
-    everywhere "cd $REMOTE && exec .venv/bin/deepseek-jax pretrain $words"
+    everywhere "cd $REMOTE && exec .venv/bin/deepseek-jax $STAGE $words"
     ;;
   stop)
     # One host is enough: all agree on the step after which they stop. The brackets keep the
     # pattern from matching the shell that runs it.
     gcloud compute tpus tpu-vm ssh "$TPU_NAME" --zone="$ZONE" --project="$PROJECT" \
-      --worker=0 --command="pkill -TERM -u \"\$USER\" -f '[d]eepseek-jax pretrain'"
+      --worker=0 --command="pkill -TERM -u \"\$USER\" -f '[d]eepseek-jax (pretrain|sft|grpo|reward-model) '"
     ;;
   *)
-    echo "usage: $0 install | run PRETRAIN_OPTIONS... | stop" >&2
+    echo "usage: $0 install | run OPTIONS... | stop" >&2
     exit 2
     ;;
 esac

@@ -126,7 +126,8 @@ _MINI = _V3.replace(
     max_position_embeddings=4096,
 )
 
-# One GPU, minutes. Widths are multiples of 128, so FP8 blocks have no ragged edge.
+# One GPU, minutes. Widths are multiples of 128 but for what `wkv_a` makes, 256 of the latent and 32
+# rotated: there the last of FP8's blocks is a quarter full.
 _SMALL = _V3.replace(
     vocab_size=16_384,
     hidden_size=768,

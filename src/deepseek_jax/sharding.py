@@ -97,10 +97,10 @@ def make_mesh(text: str = "data=-1", devices: list[Any] | None = None) -> Mesh:
     center's network; on GPU hosts, devices follow one another host by host.
 
     Raises:
-        UserError: if the sizes do not multiply to the number of devices, or several slices
-            cannot be divided along the outermost axes.
+        UserError: if the sizes do not multiply to the number of devices, several slices cannot be
+            divided along the outermost axes, or JAX finds no device.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = _devices() if devices is None else devices
     sizes = parse_mesh(text)
     known = math.prod(size for size in sizes.values() if size != -1)
     for axis, size in sizes.items():
@@ -112,6 +112,19 @@ def make_mesh(text: str = "data=-1", devices: list[Any] | None = None) -> Mesh:
             f"{len(devices)}; change a size or set one axis to -1."
         )
     return Mesh(_arrange([sizes.get(axis, 1) for axis in MESH_AXES], devices), MESH_AXES)
+
+
+def _devices() -> list[Any]:
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter for CUDA without its plugin
+        asked = jax.config.jax_platforms  # pyrefly: ignore
+        reason = next(iter(str(error).splitlines()), "").partition(" (set JAX_")[0].rstrip(".")
+        raise UserError(
+            f"JAX can use no device{f' of JAX_PLATFORMS={asked}' if asked else ''}"
+            f"{f' ({reason})' if reason else ''}; check that it is there and free and that the "
+            "extra for it is installed ('.[gpu]', '.[tpu]'), or set JAX_PLATFORMS=cpu."
+        ) from error
 
 
 def _arrange(shape: list[int], devices: list[Any]) -> np.ndarray:

@@ -144,7 +144,9 @@ def test_reasoning_gym():
 
 def test_without_reasoning_gym_the_remedy_is_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install reasoning-gym"):
+    with pytest.raises(
+        UserError, match=r"reasoning-gym; install it by `pip install -e '\.\[rl\]'`"
+    ):
         reasoning_gym("chain_sum", size=3)
 
 

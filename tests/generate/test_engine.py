@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from deepseek_jax import DeepSeekV3, UserError, forward, init_params, init_router_bias, sharding
 from deepseek_jax.config import FLOAT32
 from deepseek_jax.generate import Engine, EngineConfig, Request, Sampling
+from deepseek_jax.generate import engine as engine_module
 from deepseek_jax.generate.slots import _STARTED_AT_ONCE
 from deepseek_jax.model import attention
 from deepseek_jax.model.transformer import init_cache
@@ -370,3 +371,10 @@ def test_logits_that_are_not_finite_are_an_error(config):
     engine = Engine(model, params | {"norm": params["norm"] * jnp.nan}, bias, config)
     with pytest.raises(UserError, match="not finite"):
         list(engine.generate([Request([1, 2], GREEDY)]))
+
+
+def test_what_gathers_the_slots_is_compiled_once():
+    """Of several processes; an equal sharding is the same."""
+    first, again = (sharding.sharding(sharding.make_mesh("data=8")) for _ in range(2))
+    assert engine_module._gather(first) is engine_module._gather(again)
+    np.testing.assert_array_equal(engine_module._gather(first)(jnp.arange(3)), [0, 1, 2])

@@ -232,6 +232,35 @@ def test_gate_is_float32_under_bfloat16():
     assert jnp.bfloat16(1.0) == jnp.bfloat16(1.001)
 
 
+def equations(jaxpr):
+    """Of a jaxpr and of those within it."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
+def test_the_gates_products_are_float32_wherever_they_run():
+    """Forward and both gradients: by default they are TF32 on GPUs and bfloat16 on TPUs."""
+    module, params, x = moe_params(MICRO.replace(n_shared_experts=0))
+
+    def gates(params, x):
+        return module.apply({"params": params})(jnp.zeros(E), [x], [None])[1].weights_BTK.sum()
+
+    jaxpr = jax.make_jaxpr(jax.grad(gates, argnums=(0, 1)))(params, x).jaxpr
+    dots = [
+        e
+        for e in equations(jaxpr)
+        if e.primitive.name == "dot_general"
+        and (B, T) in {v.aval.shape[:2] for v in e.invars}  # the experts' rows are flat
+    ]
+    assert len(dots) == 3
+    highest = jax.lax.Precision.HIGHEST
+    assert all(dot.params["precision"] == (highest, highest) for dot in dots)
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.uint8, jnp.float32])
 @pytest.mark.parametrize("D", [8, 9])
 def test_rows_taken_as_words_are_the_rows(monkeypatch, dtype, D):

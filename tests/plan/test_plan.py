@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import shlex
 
 import jax
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from jax.sharding import Mesh
 from rich.console import Console
 
-from deepseek_jax import sharding
+from deepseek_jax import cli, sharding
 from deepseek_jax.cli import main
 from deepseek_jax.config import Precision
 from deepseek_jax.model.dispatch import ExpertParallel
@@ -21,11 +22,13 @@ from deepseek_jax.model.transformer import (
 from deepseek_jax.plan import compile as compiler
 from deepseek_jax.plan import hlo, topology, traffic
 from deepseek_jax.plan.collectives import collectives
-from deepseek_jax.plan.command import PlanConfig, plan
+from deepseek_jax.plan.command import PlanConfig, plan, pretrain_command
 from deepseek_jax.plan.search import candidates
 from deepseek_jax.plan.show import search_table
 from deepseek_jax.presets import preset
+from deepseek_jax.train.lora import LoraConfig
 from deepseek_jax.train.optim import OptimConfig
+from deepseek_jax.train.pretrain import PretrainConfig
 from deepseek_jax.types import UserError
 from tests.configs import MICRO
 
@@ -184,6 +187,7 @@ def test_table_picture_and_json(slice_of_cpus, tmp_path):
     assert found.roofline.compute == pytest.approx(found.flops / 459e12)
     assert found.tokens_per_second == pytest.approx(256 / found.roofline.best)
     text = console.export_text()
+    assert "to train so: deepseek-jax pretrain --model config.json --mesh fsdp=2,expert=4 " in text
     for word in ("fsdp=2,expert=4", "temporaries", "collective-permute", "bounds the step"):
         assert word in text
     record = json.loads((tmp_path / "plan.json").read_text())
@@ -191,6 +195,31 @@ def test_table_picture_and_json(slice_of_cpus, tmp_path):
     assert record["roofline"]["bound"] == found.roofline.bound
     assert sum(s["bytes"] for s in record["sent"]) == pytest.approx(sum(found.sent().values()))
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_command_that_trains_what_was_planned():
+    planned = PlanConfig(
+        model=preset("small"),
+        batch=64,
+        seq=512,
+        micro_batches=4,
+        moments="bfloat16",
+        precision=Precision(params="bfloat16", matmuls="fp8"),
+        parallel=ExpertParallel(overlap=True, receive_factor=2.0),
+    )
+    command = pretrain_command(planned)
+    assert command is not None
+    program, stage, *words = shlex.split(command)
+    assert (program, stage) == ("deepseek-jax", "pretrain")
+    with cli._REGISTRY:
+        found = cli._parse(PretrainConfig(), words)
+    assert found.model == planned.model
+    assert found.mesh == planned.mesh
+    assert (found.loop.batch_size, found.loop.micro_batch, found.data.seq_len) == (64, 16, 512)
+    assert (found.remat, found.optim.moments) == ("full", "bfloat16")
+    assert (found.precision, found.parallel) == (planned.precision, planned.parallel)
+    assert pretrain_command(PlanConfig(decode=True)) is None
+    assert pretrain_command(PlanConfig(lora=LoraConfig(lora_rank=8))) is None
 
 
 def test_a_search_ranks_what_fits_first(slice_of_cpus, tmp_path, monkeypatch):
@@ -239,7 +268,7 @@ def libtpu():
 
 
 SMALL = MICRO.replace(
-    hidden_size=256, moe_intermediate_size=128, intermediate_size=256, num_nextn_predict_layers=1
+    hidden_size=256, moe_intermediate_size=128, intermediate_size=256, num_nextn_predict_layers=0
 )
 
 
@@ -292,6 +321,7 @@ def test_a_decode_step_for_a_tpu_slice(libtpu, tmp_path):
     assert found.memory.aliased >= cache  # the cache is donated
 
 
+@pytest.mark.slow
 def test_a_step_that_does_not_fit_is_a_finding_and_not_an_error(libtpu, tmp_path):
     """V3's vocabulary and width on four chips of v6e: 32 GiB are not enough."""
     config = PlanConfig(

@@ -110,6 +110,7 @@ def test_the_ring_compiled_sends_what_it_does_on_paper():
     assert around == here * (traffic.ring_traffic(config, 8) + 8 * 2 * config.hidden_size)
 
 
+@pytest.mark.slow
 def test_the_step_that_plan_compiles_sends_what_it_does_on_paper(tmp_path):
     """V3's routing over 64 devices, narrow otherwise: within 10% of the paper's bytes.
 

@@ -1,5 +1,6 @@
 """Schedules at the report's landmarks, decay by name, the ramp, the average."""
 
+import dataclasses
 import math
 
 import jax
@@ -54,6 +55,8 @@ def test_short_runs_get_a_short_warmup_and_long_ones_are_told():
         {"warmup_steps": -1},
         {"peak_lr": 0.0},
         {"min_lr": math.nan},
+        {"min_lr": 3e-4},
+        {"final_lr": 3e-4},
         {"b2": 1.0},
         {"weight_decay": -0.1},
         {"mtp_weight": math.inf},
@@ -62,6 +65,16 @@ def test_short_runs_get_a_short_warmup_and_long_ones_are_told():
 def test_contradictory_schedules_are_refused(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
         OptimConfig(**wrong)
+
+
+def test_a_rate_that_would_rise_is_refused():
+    both = r"would rise from peak_lr=1e-06 to min_lr=2.2e-05 and final_lr=7.3e-06; lower min_lr and"
+    with pytest.raises(UserError, match=both):
+        OptimConfig(peak_lr=1e-6)
+    # A constant rate never comes to what follows it.
+    constant = dataclasses.replace(optim.constant_rate(3e-6), peak_lr=1e-6)
+    rate = optim.learning_rate(constant, 50)
+    assert [float(rate(step)) for step in range(50)] == pytest.approx([1e-6] * 50)
 
 
 def test_matrices_decay_and_gains_do_not():
@@ -121,6 +134,17 @@ def test_average_of_parameters_stays_out_of_the_way():
     )
     with pytest.raises(UserError, match="ema_decay"):
         optim.ema_params(runs["plain"][1])
+
+
+def test_average_of_bfloat16_parameters_is_float32():
+    params = {"w": jnp.ones((2, 3), jnp.bfloat16)}
+    tx = optim.params_ema(0.999)
+    state = tx.init(params)
+    for _ in range(100):  # each adds what bfloat16 would round away
+        _, state = tx.update({"w": jnp.ones((2, 3))}, state, params)
+    average = optim.ema_params(state)["w"]
+    assert average.dtype == jnp.float32
+    np.testing.assert_allclose(average, 2 - 0.999**100, rtol=1e-5)
 
 
 # --- number formats ---------------------------------------------------------------------------

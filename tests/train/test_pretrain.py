@@ -17,14 +17,14 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from matplotlib.image import imread
 
-from deepseek_jax.checkpoint import load_params
+from deepseek_jax.checkpoint import claim_run_directory, load_params
 from deepseek_jax.cli import main
 from deepseek_jax.data.pipeline import DataConfig
 from deepseek_jax.report import read_metrics
 from deepseek_jax.train import run as run_module
 from deepseek_jax.train.loop import LoopConfig
 from deepseek_jax.train.optim import OptimConfig
-from deepseek_jax.train.pretrain import PretrainConfig, pretrain
+from deepseek_jax.train.pretrain import PretrainConfig, pretrain, run_json
 from deepseek_jax.types import UserError
 from tests.train import runs
 
@@ -146,6 +146,17 @@ def test_a_finished_run_can_be_resumed_to_no_effect(place, tmp_path, uninterrupt
     assert runs.leaves(out, STEPS).keys() == runs.leaves(uninterrupted, STEPS).keys()
     assert read_metrics(out / "metrics.jsonl") == read_metrics(uninterrupted / "metrics.jsonl")
     assert pictures == [(out / name).read_bytes() for name in ("loss.png", "expert_load.png")]
+
+
+def test_a_resume_with_other_workers_is_refused_and_leaves_the_run_as_it_was(place, tmp_path):
+    """A place in the data is one for so many workers."""
+    config = runs.config(tmp_path, place.source, loop=LoopConfig(**LOOP))
+    claim_run_directory(tmp_path, run_json(config), resume=False)
+    before = (tmp_path / "run.json").read_bytes()
+    data = dataclasses.replace(config.data, num_workers=1)
+    with pytest.raises(UserError, match=r"was started with data.num_workers = 0"):
+        pretrain(dataclasses.replace(config, data=data, resume=True))
+    assert (tmp_path / "run.json").read_bytes() == before
 
 
 def test_ctrl_c_while_the_pictures_are_drawn_is_one_sentence(

@@ -200,6 +200,13 @@ def test_a_resume_with_another_setting_is_refused(policy, tmp_path, capsys):
         train_reward_model(config)
 
 
+def test_the_default_rate_is_r1s_constant_one():
+    default = RewardModelConfig().optim
+    rate = optim.learning_rate(default, 200)
+    assert [float(rate(step)) for step in range(200)] == pytest.approx([6e-6] * 200)
+    assert default.bias_speed == 0
+
+
 def test_what_is_no_reward_model_is_refused(policy, tmp_path):
     with pytest.raises(UserError, match="pretrain"):
         LearnedReward(policy)

@@ -13,16 +13,24 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from deepseek_jax.checkpoint import load_params
+from deepseek_jax.checkpoint import claim_run_directory, load_params
 from deepseek_jax.cli import main
 from deepseek_jax.config import FLOAT32
 from deepseek_jax.convert import convert_to_hf
-from deepseek_jax.data.sft import ConversationConfig
+from deepseek_jax.data.sft import ConversationConfig, Survey
 from deepseek_jax.presets import preset
 from deepseek_jax.report import read_metrics
 from deepseek_jax.train.loop import LoopConfig
 from deepseek_jax.train.optim import OptimConfig
-from deepseek_jax.train.sft import SFT_OPTIM, SftConfig, _with_rows, sft
+from deepseek_jax.train.run import identity, stored_config
+from deepseek_jax.train.sft import (
+    SFT_EPOCHS,
+    SFT_OPTIM,
+    SftConfig,
+    _with_rows,
+    _with_steps,
+    sft,
+)
 from tests.train import runs
 
 STEPS = 12
@@ -38,7 +46,7 @@ class Place(NamedTuple):
 
     def options(self, out: Path) -> list[str]:
         words = f"--out {out} --init {self.base} --data {self.data} --held-out-fraction 0.2"
-        loop = "--steps 12 --epochs None --batch-size 8 --save-every 4 --eval-every 5"
+        loop = "--steps 12 --batch-size 8 --save-every 4 --eval-every 5"
         rest = "--seq-len 64 --compute float32 --samples 1 --sample-tokens 4 --peak-lr 1e-2"
         return f"{words} {loop} {rest}".split()
 
@@ -57,7 +65,7 @@ class Place(NamedTuple):
         loop = LoopConfig(steps=STEPS, batch_size=8, save_every=4, eval_every=5)
         optim = dataclasses.replace(SFT_OPTIM, peak_lr=1e-2)
         base: dict[str, Any] = {"init": self.base, "conversations": talks, "optim": optim}
-        base |= {"out": out, "loop": loop, "precision": FLOAT32, "epochs": None, "samples": 0}
+        base |= {"out": out, "loop": loop, "precision": FLOAT32, "samples": 0}
         return SftConfig(**(base | changes))
 
 
@@ -180,11 +188,29 @@ def test_epochs_make_the_steps(place, tmp_path, capsys, monkeypatch):
 
     seen = []
     monkeypatch.setattr(module, "run", lambda config, *_: seen.append(config.loop.steps))
-    words = [w for w in place.options(tmp_path) if w not in ("--epochs", "None")]
+    words = [w for w in place.options(tmp_path) if w not in ("--steps", "12")]
     main(["sft", *words, "--epochs", "30"])
     (steps,) = seen
     # About 32 conversations of 16 tokens, four to a row of 64: 8 rows an epoch, 8 a step.
     assert 22 <= steps <= 45
+
+
+def test_steps_are_those_asked_for_or_make_two_epochs(tmp_path):
+    survey = Survey(*range(len(Survey._fields)))._replace(rows=80)
+    default, said, passes = LoopConfig(batch_size=8), LoopConfig(steps=7, batch_size=8), 3.0
+
+    def steps(found, **options):
+        return _with_steps(SftConfig(out=tmp_path, **options), found).loop.steps
+
+    assert steps(survey, loop=said) == 7
+    assert steps(survey, loop=default) == 20
+    assert steps(survey, loop=default, epochs=passes) == 30
+    # Resumed: those that were stored, unless others are asked for.
+    stored = _with_steps(SftConfig(out=tmp_path, loop=default, epochs=passes), survey)
+    claim_run_directory(tmp_path, identity(stored, runs.MODEL), resume=False)
+    assert steps(None, loop=default, epochs=passes) == 30
+    assert steps(None, loop=said, epochs=passes) == 7
+    assert stored_config(SftConfig(out=tmp_path)) == dataclasses.replace(stored, resume=True)
 
 
 # --- what it refuses --------------------------------------------------------------------------
@@ -244,6 +270,7 @@ def test_a_template_that_raises(place, tmp_path, capsys):
     [
         ("--init None", "fine-tuning starts from weights: name a run or a folder with --init"),
         ("--init nowhere", "nowhere is neither a run's directory (run.json) nor a Hugging Face"),
+        ("--epochs 3", "epochs=3 and steps=12 both say how long the run is; give one of them"),
         ("--seq-len 8192", "seq_len=8192 exceeds the model's context of 4096; lower it"),
         ("--data gone.jsonl", "no such file or directory: gone.jsonl"),
         ("--weights 1 2", "1 entries of data have the weights [1.0, 2.0]"),
@@ -279,5 +306,5 @@ def test_rows_are_no_longer_than_the_models_context(place, tmp_path, capsys):
 
 
 def test_defaults_are_the_papers():
-    assert (SFT_OPTIM.peak_lr, SFT_OPTIM.min_lr, SftConfig().epochs) == (5e-6, 1e-6, 2.0)
+    assert (SFT_OPTIM.peak_lr, SFT_OPTIM.min_lr, SFT_EPOCHS) == (5e-6, 1e-6, 2.0)
     assert OptimConfig().peak_lr != SFT_OPTIM.peak_lr

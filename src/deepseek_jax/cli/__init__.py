@@ -78,25 +78,34 @@ def _model_rule(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
 
 
 def _convert(
-    paths: tyro.conf.Positional[tuple[Path, ...]] = (),
+    paths: Annotated[
+        tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE TARGET")
+    ] = (),
     check: Path | None = None,
     dtype: Literal["fp32", "bf16", "fp8"] | None = None,
-    shard_size: int = SHARD_SIZE,
+    shard_size: int | None = None,
     scale_fmt: Literal["ue8m0"] | None = None,
     workers: int = 4,
 ) -> None:
     """Convert between a Hugging Face folder and a run directory, whichever SOURCE is.
 
     Args:
-        paths: SOURCE and TARGET.
+        paths: Two of them; SOURCE stays as it is.
         check: Instead: read the headers of this Hugging Face folder and report what is amiss.
         dtype: Of the result's matrices; to a run directory, default as stored (FP8 as BF16); to
             Hugging Face, default bf16.
-        shard_size: Bytes of a safetensors file.
-        scale_fmt: Scales of fp8 as powers of two, as V3.1 has them.
+        shard_size: To Hugging Face: bytes of a safetensors file, default 5 GB.
+        scale_fmt: To Hugging Face: scales of fp8 as powers of two, as V3.1 has them.
         workers: Chunks in the making at a time.
     """
+    only_to_hf = {"--shard-size": shard_size, "--scale-fmt": scale_fmt}
+    given = [name for name, value in only_to_hf.items() if value is not None]
     if check is not None:
+        if paths or dtype or given:
+            raise UserError(
+                "--check DIR converts nothing; leave out SOURCE, TARGET and what describes a "
+                "result (--dtype, --shard-size, --scale-fmt)."
+            )
         report = check_hf(check)
         Console().print(report)
         if not report.ok:
@@ -104,20 +113,28 @@ def _convert(
         return
     if len(paths) != 2:
         raise UserError("convert takes SOURCE and TARGET, two paths, or --check DIR.")
-    if shard_size < 1 or workers < 1:
+    if (shard_size is not None and shard_size < 1) or workers < 1:
         raise UserError("shard_size and workers must be at least 1.")
+    jax.config.update("jax_platforms", "cpu")  # nothing is computed: an accelerator stays free
     source, target = paths
     if (source / "run.json").exists():
+        if scale_fmt is not None and dtype != "fp8":
+            raise UserError("--scale-fmt says how the scales of FP8 are written; add --dtype fp8.")
         convert_to_hf(
             source,
             target,
             dtype=dtype or "bf16",
-            shard_size=shard_size,
+            shard_size=SHARD_SIZE if shard_size is None else shard_size,
             scale_fmt=scale_fmt,
             workers=workers,
             progress=True,
         )
     else:
+        if given and source.is_dir():
+            raise UserError(
+                f"{' and '.join(given)} are for a Hugging Face folder, and {target} becomes a run "
+                "directory; leave them out."
+            )
         ours: Any = {"fp32": "float32", "bf16": "bfloat16", "fp8": "fp8", None: None}[dtype]
         convert_to_orbax(source, target, dtype=ours, workers=workers, progress=True)
     Console().print(f"wrote {target}", markup=False, highlight=False)
@@ -145,7 +162,7 @@ def _evaluate(config: Annotated[EvalConfig, tyro.conf.arg(name="")]) -> None:
 
 
 def _harness(config: Annotated[HarnessConfig, tyro.conf.arg(name="")]) -> None:
-    """Be measured on the tasks of lm-evaluation-harness, which is to be installed (lm-eval)."""
+    """Be measured on the tasks of lm-evaluation-harness (pip install -e '.[harness]')."""
     harness(config)
 
 

@@ -13,7 +13,7 @@ from deepseek_jax.checkpoint.files import write_json, write_json_lines
 from deepseek_jax.cli.serving import Opened, ServingConfig, check_out, opened
 from deepseek_jax.data.pipeline import DataConfig, EvalBatch, eval_batches
 from deepseek_jax.data.prompts import Prompter, PromptStyle
-from deepseek_jax.data.tasks import Task, open_tasks
+from deepseek_jax.data.tasks import Task, open_tasks, split
 from deepseek_jax.evaluate import Solved, solve
 from deepseek_jax.report import summary_table
 from deepseek_jax.rewards.verifiers import Verifier, verifier
@@ -32,10 +32,13 @@ class SolvingConfig(ServingConfig):
     """How an answer, in <answer> or \\boxed, is compared; auto: as generated tasks want it,
     exactly otherwise."""
     prompt_style: PromptStyle = "plain"
+    task_seed: int = 0
+    """Of tasks that are generated."""
     samples: int = 1
     """Attempts at each task."""
     limit: int | None = None
-    """Tasks at the most; default: all of a file, 200 of those that are generated."""
+    """Tasks at the most; default: all of a file, 200 of those that are generated, or all that
+    is held out of 10,000."""
 
     def __post_init__(self) -> None:
         """Refuse to ask nothing."""
@@ -50,6 +53,9 @@ class SolvingConfig(ServingConfig):
 class EvalConfig(SolvingConfig):
     """What to measure."""
 
+    held_out_fraction: float | None = None
+    """Ask only the tasks that GRPO and rejection sampling leave out with the same fraction (0.05
+    by default); default: all, which says little of a policy that was trained on them."""
     text: tuple[str, ...] = ()
     """Instead: files or folders of text; perplexity and bits per byte."""
     seq_len: int = 1024
@@ -62,6 +68,8 @@ class EvalConfig(SolvingConfig):
         super().__post_init__()
         if (self.tasks is None) == (not self.text):
             raise UserError("eval takes --tasks or --text, one of the two.")
+        if self.held_out_fraction is not None and self.tasks is None:
+            raise UserError("--held-out-fraction divides tasks; leave it out for --text.")
         if self.out is not None and self.out == self.attempts:
             raise UserError(f"{self.out} is where the attempts go; end --out in .json.")
 
@@ -74,8 +82,11 @@ class EvalConfig(SolvingConfig):
 def evaluate(config: EvalConfig) -> dict[str, float]:
     """Measure, print a table, write JSON."""
     check_out(config.out, config.attempts)
+    tasks = asked_tasks(config) if config.tasks else []
     with opened(config) as ready:
-        figures, lines = _on_tasks(config, ready) if config.tasks else (_on_text(config, ready), [])
+        figures, lines = (
+            _on_tasks(config, ready, tasks) if config.tasks else (_on_text(config, ready), [])
+        )
     rows = [{"figure": name, "value": value} for name, value in figures.items()]
     Console().print(summary_table(rows))  # first of all: a full disk does not lose it
     if config.out is not None:
@@ -86,10 +97,20 @@ def evaluate(config: EvalConfig) -> dict[str, float]:
     return figures
 
 
-def _on_tasks(config: EvalConfig, ready: Opened) -> tuple[dict[str, float], list[Any]]:
-    """Figures, and a line for every attempt."""
+def asked_tasks(config: EvalConfig) -> Sequence[Task]:
+    """What is asked: all, or what training on the same tasks holds out."""
     assert config.tasks is not None
-    tasks = open_tasks(config.tasks, size=config.limit or 200)[: config.limit]
+    share = config.held_out_fraction
+    # As many as GRPO generates by default. Which are held out depends on each question alone.
+    size = config.limit or 200 if share is None else 10_000
+    found = open_tasks(config.tasks, size=size, seed=config.task_seed)
+    return (found if share is None else split(found, share).held_out)[: config.limit]
+
+
+def _on_tasks(
+    config: EvalConfig, ready: Opened, tasks: Sequence[Task]
+) -> tuple[dict[str, float], list[Any]]:
+    """Figures, and a line for every attempt."""
     solved = attempt(config, ready, tasks)
     lines = [
         {

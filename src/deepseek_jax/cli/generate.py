@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import tyro
@@ -31,7 +31,7 @@ from deepseek_jax.types import UserError
 class GenerateConfig(ServingConfig):
     """What to continue."""
 
-    prompt: tyro.conf.Positional[str | None] = None
+    prompt: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT")] = None
     """A text; - reads one from standard input."""
     prompts: Path | None = None
     """Instead: JSON lines, each with a `prompt` (a text to continue) or `messages` (a
@@ -75,6 +75,7 @@ def generate(config: GenerateConfig) -> None:
         request = _request(config, ready, {"prompt": text})
         console = Console(highlight=False)
         engine = ready.engine(config, len(request.prompt))  # says its sizes, on standard error
+        engine.check(request)
         if not config.chat:
             console.print(text, end="", markup=False, soft_wrap=True)
         if config.samples == 1 and not config.stop:

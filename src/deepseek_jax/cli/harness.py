@@ -49,7 +49,7 @@ def harness(config: HarnessConfig) -> dict[str, Any]:
         from deepseek_jax.cli.harness_model import HarnessModel
     except ImportError as error:
         raise UserError(
-            f"lm-evaluation-harness is not installed ({error}): pip install lm-eval."
+            f"lm-evaluation-harness is not installed ({error}): pip install -e '.[harness]'."
         ) from error
     manager = TaskManager(include_path=None if config.include is None else str(config.include))
     unknown = [

@@ -25,8 +25,6 @@ class RejectionSampleConfig(SolvingConfig):
     counted beside it, in `.counts.json`."""
     limit: int | None = 10_000
     """Tasks to ask, at the most."""
-    task_seed: int = 0
-    """Of tasks that are generated."""
     held_out_fraction: float = 0.05
     """Share of the tasks that is not asked: what GRPO holds out of the same tasks."""
     rejection: RejectionConfig = field(default_factory=RejectionConfig)

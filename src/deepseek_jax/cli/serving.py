@@ -43,7 +43,8 @@ class ServingConfig:
     """fp8: keep the weights of a checkpoint in FP8 as they are, at a byte each, and multiply in
     FP8 where there are kernels for it; compute: multiply them out when they are loaded."""
     mesh: str = "data=-1"
-    """Devices that slots, weights and experts are divided over, as in data=2,expert=4."""
+    """Devices that slots, weights and experts are divided over, as in data=2,expert=4; the axes
+    are data, fsdp, expert, context and tensor, and -1 fills one."""
     sampling: Sampling = field(default_factory=Sampling)
     slots: int = 8
     """Texts at a time."""

@@ -42,7 +42,8 @@ class HFFolder:
             raise UserError(f"{path} is not a directory; give a folder with config.json in it.")
         if (self.path / "run.json").exists():
             raise UserError(
-                f"{path} is a run and not a Hugging Face folder; give it as --run, or `convert` it."
+                f"{path} is a run and not a Hugging Face folder; give it to `generate`, `chat` or "
+                f"`eval` as --run, or make a folder of it: `deepseek-jax convert {path} FOLDER`."
             )
         self.hf_config, self.config = _read_config(self.path / "config.json")
         _check_options(self.path, self.hf_config)

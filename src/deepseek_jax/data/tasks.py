@@ -102,7 +102,7 @@ def read_jsonl(
 def reasoning_gym(
     name: str, *, size: int = 10_000, seed: int = 0, options: Mapping[str, Any] | None = None
 ) -> list[Task]:
-    """Questions of a reasoning-gym data set (``pip install reasoning-gym``), none twice.
+    """Questions of a reasoning-gym data set (extra ``rl``), none twice.
 
     Only its generators are used. Its scorers run what is in an answer as code, or give credit for
     substrings; ``rewards.puzzles`` has strict ones.
@@ -111,9 +111,7 @@ def reasoning_gym(
         UserError: There is no such data set, or it refuses an option.
     """
     if importlib.util.find_spec("reasoning_gym") is None:
-        raise UserError(
-            f"rg:{name} needs reasoning-gym; install it by `pip install reasoning-gym`."
-        )
+        raise UserError(f"rg:{name} needs reasoning-gym; install it by `pip install -e '.[rl]'`.")
     library = importlib.import_module("reasoning_gym")  # takes seconds; not in every install
     try:
         items = library.create_dataset(name, size=size, seed=seed, **(options or {}))

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.layout import Format, Layout
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
 from deepseek_jax import sharding
@@ -523,6 +524,11 @@ def _fetch_wide(slots: Slots) -> tuple[np.ndarray | None, np.ndarray | None]:
 def _on_host(wanted: Any) -> Any:
     mesh = jax.sharding.get_mesh()
     if not mesh.empty and jax.process_count() > 1:  # rows of other hosts
-        everywhere = sharding.sharding(mesh)
-        wanted = jax.jit(lambda x: x, out_shardings=everywhere)(wanted)
+        wanted = _gather(sharding.sharding(mesh))(wanted)
     return jax.device_get(wanted)
+
+
+@functools.cache
+def _gather(everywhere: NamedSharding) -> Callable[[Any], Any]:
+    # Kept: made anew it would be compiled at every look at the slots.
+    return jax.jit(lambda x: x, out_shardings=everywhere)

@@ -220,7 +220,7 @@ def tokens_whole(x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
 
 
 class LogicalAxes(nn.Partitioned):
-    """A parameter boxed with the names of its logical axes (``sharding.RULES``).
+    """A parameter boxed with the names of its logical axes (``sharding.COMPUTE`` and ``STORED``).
 
     Flax's own box takes the names for mesh axes and, under a mesh, constrains the value to them.
     """

@@ -1,5 +1,6 @@
 """DeepSeekMoE: routing (V3 section 2.1.2; V2 section 2.2), balance losses, dropless dispatch."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -203,7 +204,9 @@ class MoE(ParamModule):
             c.n_routed_experts,
             c.num_experts_per_tok,
         )
-        # V3 section 3.3.1 and Hugging Face: the gate is computed in float32 throughout.
+        # V3 section 3.3.1 and Hugging Face: the gate is computed in float32 throughout. By default
+        # a GPU would round its operands to TF32 and a TPU to bfloat16.
+        gated = functools.partial(jnp.einsum, "btd,de->bte", precision=jax.lax.Precision.HIGHEST)
         gate_DE = self.weight("gate", (D, E), ("embed", None), jnp.float32)
         weights = ExpertWeights(
             self.weight("w1", (E, D, F), ("expert", "embed", "expert_mlp")),
@@ -221,7 +224,7 @@ class MoE(ParamModule):
             experts_BTK: Sequence[Int[Array, "B T K"] | None],
         ) -> tuple[list[Float[Array, "B T D"]], Routing]:
             routing = [
-                route(jnp.einsum("btd,de->bte", x.astype(jnp.float32), gate_DE), bias_E, c, chosen)
+                route(gated(x.astype(jnp.float32), gate_DE), bias_E, c, chosen)
                 for x, chosen in zip(x_BTD, experts_BTK, strict=True)
             ]
             routing = jax.tree.map(lambda a: checkpoint_name(a, "router"), routing)

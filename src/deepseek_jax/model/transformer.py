@@ -412,7 +412,7 @@ def abstract_params(model: DeepSeekV3) -> Params:
 
 
 def logical_axes(model: DeepSeekV3) -> Params:
-    """The logical axes of every parameter, as tuples (see ``sharding.RULES``)."""
+    """The logical axes of every parameter, as tuples (see ``sharding.COMPUTE`` and ``STORED``)."""
     return jax.tree.map(
         lambda box: tuple(box.names),
         _abstract_boxed(model),

@@ -5,7 +5,7 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from jax.sharding import Mesh
 from rich.console import Console
@@ -21,7 +21,7 @@ from deepseek_jax.plan.search import candidates
 from deepseek_jax.plan.show import Stage, draw, plan_table, search_table
 from deepseek_jax.plan.topology import Topology, parse_topology, topology_devices
 from deepseek_jax.plan.traffic import expected_receivers
-from deepseek_jax.presets import preset
+from deepseek_jax.presets import PRESETS, preset
 from deepseek_jax.train.lora import LoraConfig
 from deepseek_jax.train.optim import OptimConfig
 from deepseek_jax.types import UserError
@@ -35,7 +35,8 @@ class PlanConfig:
     topology: str = "v5p:8x16x16"
     """The slice, as in v5p:4x4x4, v6e:16x16, v5e:8x8 or tpu7x:4x4x4."""
     mesh: str = "fsdp=-1,expert=64"
-    """Its devices, as in fsdp=32,expert=64; -1 fills one axis."""
+    """Its devices over data, fsdp, expert, context and tensor, as in fsdp=32,expert=64; -1 fills
+    one axis."""
     batch: int = 2048
     """Sequences per step, over all devices."""
     seq: int = 4096
@@ -81,6 +82,9 @@ def plan(config: PlanConfig, console: Console | None = None) -> list[Plan]:
         mesh = sharding.make_mesh(config.mesh, devices)
         found = plan_one(config, topology, mesh, console)
         console.print(plan_table(found))
+        command = pretrain_command(config)
+        if command is not None:
+            console.print(f"to train so: {command}", markup=False, highlight=False, soft_wrap=True)
         written = _write(config, [found], "plan.json")
         console.print(f"wrote {written}", markup=False, highlight=False)
         return [found]
@@ -94,6 +98,31 @@ def plan(config: PlanConfig, console: Console | None = None) -> list[Plan]:
     console.print(search_table(ranked(plans)))
     console.print(f"wrote {config.out / 'search.json'}", markup=False, highlight=False)
     return ranked(plans)
+
+
+def pretrain_command(config: PlanConfig) -> str | None:
+    """`pretrain`, whose names and defaults differ, asked for the step that was planned."""
+    if config.decode or config.lora.lora_rank:
+        return None
+    name = next((name for name, known in PRESETS.items() if known == config.model), "config.json")
+    options: dict[str, Any] = {
+        "model": name,
+        "mesh": config.mesh,
+        "batch-size": config.batch,
+        "seq-len": config.seq,
+        "remat": config.remat or "full",
+    }
+    if config.micro_batches > 1:
+        options["micro-batch"] = config.batch // config.micro_batches
+    if config.moments != OptimConfig().moments:
+        options["moments"] = config.moments
+    for given, default in ((config.precision, Precision()), (config.parallel, ExpertParallel())):
+        for field_ in dataclasses.fields(given):
+            value = getattr(given, field_.name)
+            if value != getattr(default, field_.name):
+                options[field_.name.replace("_", "-")] = value
+    words = [f"--{key}" if value is True else f"--{key} {value}" for key, value in options.items()]
+    return " ".join(["deepseek-jax pretrain", *words, "--source ..."])
 
 
 def plan_one(

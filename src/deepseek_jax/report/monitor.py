@@ -73,11 +73,14 @@ class LossMonitor:
             return False
         self.skipped += 1
         self.consecutive += 1
-        if self.consecutive >= self._max_consecutive or self.skipped >= self._max_total:
+        in_a_row = self.consecutive >= self._max_consecutive
+        if in_a_row or self.skipped >= self._max_total:
+            option = "max_skips" if in_a_row else "max_total_skips"
             raise UserError(
                 f"training diverged: step {step} has loss {loss:.4g}, and {self.consecutive} steps "
-                f"in a row ({self.skipped} in all) were skipped as spikes or not finite; go back "
-                "to the last checkpoint with --resume and a lower learning rate."
+                f"in a row ({self.skipped} in all) were skipped as spikes or not finite; start "
+                "another run from its last checkpoint (--init) with a lower learning rate, or go "
+                f"on with --resume and a higher {option}."
             )
         return True
 

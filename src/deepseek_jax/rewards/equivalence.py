@@ -1,4 +1,4 @@
-r"""Mathematical equivalence by math-verify (``pip install math-verify``).
+r"""Mathematical equivalence by math-verify (extra ``rl``).
 
 It computes what the answer spells, so ``9^{9^{9^9}}`` would keep it busy for ever: every comparison
 has a deadline, after which its process is killed. And it is lenient, so the answer must stand in
@@ -43,7 +43,7 @@ class MathEquivalence:
         if importlib.util.find_spec("math_verify") is None:
             raise UserError(
                 "mathematical equivalence needs math-verify; install it by "
-                "`pip install math-verify`."
+                "`pip install -e '.[rl]'`."
             )
         self._equal = Killable(_equal, deadline_s=deadline_s, memory_bytes=2 * 2**30)
         self.deadline_s = self._equal.deadline_s

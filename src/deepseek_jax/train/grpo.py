@@ -46,12 +46,20 @@ from deepseek_jax.report import LossMonitor, Progress, plot_rewards, read_metric
 from deepseek_jax.rewards import RewardSum, Term
 from deepseek_jax.rewards.verifiers import verifier
 from deepseek_jax.train.logprobs import make_scorer, policy_output
-from deepseek_jax.train.loop import LoopConfig, OpenRun, divide_batch, jit_step, stop_requests
+from deepseek_jax.train.loop import (
+    LoopConfig,
+    OpenRun,
+    divide_batch,
+    jit_step,
+    stop_requests,
+    stopped_at,
+)
 from deepseek_jax.train.losses import LossParts
 from deepseek_jax.train.objective import ObjectiveConfig, StepTotals, policy_loss, step_totals
 from deepseek_jax.train.optim import (
     OptimConfig,
     bias_speed,
+    constant_rate,
     keep_reference,
     learning_rate,
     make_optimizer,
@@ -94,18 +102,7 @@ _ON_POLICY = (
     "the reward."
 )
 
-# R1-Zero: 3e-6 throughout, biases of the routers as they were left; the decay is not published.
-GRPO_OPTIM = OptimConfig(
-    peak_lr=3e-6,
-    min_lr=3e-6,
-    final_lr=3e-6,
-    warmup_steps=0,
-    constant_until=1.0,
-    cosine_until=1.0,
-    min_until=1.0,
-    weight_decay=0.0,
-    bias_speed=0.0,
-)
+GRPO_OPTIM = constant_rate(3e-6)  # R1-Zero's
 
 
 @dataclass(frozen=True)
@@ -134,7 +131,8 @@ class GrpoConfig(RunConfig):
     epochs: int = 1
     """mu: passes over the completions of a step."""
     refresh_every: int = 400
-    """Steps after which the policy becomes the reference (R1 appendix B); 0: never."""
+    """Steps after which the policy becomes the reference; 0: never. R1's 400 (appendix B) are
+    updates, as a step is here; where a step makes several, divide by their number."""
     eval_tasks: int = 128
     """Held-out tasks of an evaluation."""
     eval_samples: int = 4
@@ -171,7 +169,7 @@ class GrpoConfig(RunConfig):
     @property
     def updates(self) -> int:
         """Optimizer steps of the run."""
-        return self.loop.steps * self.epochs * self.minibatches
+        return self.loop.total_steps * self.epochs * self.minibatches
 
 
 class GrpoResult(NamedTuple):
@@ -276,7 +274,13 @@ class _Trainer:
             )
         parts_T = 8 * sharding.sequence_shards(mesh)
         self.length = -(-(self.engine_length - 1) // parts_T) * parts_T
-        self.feed = divide_batch(config.loop.rows, self.length, mesh)
+        self.feed = divide_batch(
+            config.loop.rows,
+            self.length,
+            mesh,
+            option=config.loop.rows_option,
+            resume=config.resume,
+        )
         self.lr = learning_rate(config.optim, config.updates)
         self.step = make_train_step(
             self.model,
@@ -298,7 +302,7 @@ class _Trainer:
         state, saver, writer, restored = opened
         first = opened.step
         stream = self.stream()
-        monitor = LossMonitor(max_consecutive=loop.max_skips)
+        monitor = LossMonitor(max_consecutive=loop.max_skips, max_total=loop.max_total_skips)
         if restored is not None:
             stream.set_state(restored.data_states[0])
             monitor.load(restored.extra["monitor"])
@@ -320,10 +324,10 @@ class _Trainer:
             return figures
 
         step = saved = first
-        with stop_requests() as stop, Progress(loop.steps, initial=first) as progress:
+        with stop_requests() as stop, Progress(loop.total_steps, initial=first) as progress:
             progress.print(self._announcement(first))
             before = {} if restored else evaluate()
-            while step < loop.steps and not (stop() or distributed.stop_agreed(step)):
+            while step < loop.total_steps and not (stop() or distributed.stop_agreed(step)):
                 engine.update(state.params, state.router_bias_LE)
                 collected = sampler.collect(step)
                 began, history = time.perf_counter(), []
@@ -346,7 +350,8 @@ class _Trainer:
                     progress.print(f"step {step}\n{transcript(collected.groups[0])}")
                 if step == first + 1 and config.epochs * config.minibatches == 1:
                     progress.print(_ON_POLICY)
-                if loop.eval_every and step % loop.eval_every == 0 and step < loop.steps:
+                due = loop.eval_every and step % loop.eval_every == 0
+                if due and step < loop.total_steps:
                     evaluate()
                 if step % loop.save_every == 0:
                     save()
@@ -354,8 +359,8 @@ class _Trainer:
             if step > saved:
                 save()
             saver.wait()
-            if step < loop.steps:
-                progress.print(f"stopped and saved at step {step}; continue with --resume.")
+            if step < loop.total_steps:
+                progress.print(stopped_at(step))
                 return None
             return GrpoResult(state, before, evaluate())
 

@@ -31,7 +31,8 @@ from deepseek_jax.types import Batch, Params, TrainState, UserError
 class LoopConfig:
     """How long, how much at a time, and what is kept."""
 
-    steps: int = 1000
+    steps: int | None = None
+    """Optimizer steps (GRPO: rollouts). None: 1000; in fine-tuning, as many as make its epochs."""
     batch_size: int = 16
     """Sequences per optimizer step, over all devices."""
     micro_batch: int | None = None
@@ -51,14 +52,17 @@ class LoopConfig:
     """Also keep for ever each step that is a multiple of this."""
     max_skips: int = 8
     """Steps skipped in a row (loss not finite, or a spike) after which the run stops."""
+    max_total_skips: int = 100
+    """Steps skipped since its beginning after which the run stops."""
     init_seed: int = 0
     """Of the initial weights, and of the sample at the end."""
 
     def __post_init__(self) -> None:
         """Refuse sizes that do not divide one another."""
-        if self.steps < 1 or self.save_every < 1 or self.keep_last < 1 or self.max_skips < 1:
+        if min(self.total_steps, self.save_every, self.keep_last, self.max_skips) < 1:
             raise UserError("steps, save_every, keep_last and max_skips must be at least 1.")
-        for name in ("batch_size", "micro_batch", "first_batch_size", "eval_batches", "keep_every"):
+        optional = "micro_batch", "first_batch_size", "eval_batches", "keep_every"
+        for name in ("batch_size", "max_total_skips", *optional):
             number = getattr(self, name)
             if number is not None and number < 1:
                 raise UserError(f"{name} must be at least 1, not {number}.")
@@ -75,14 +79,27 @@ class LoopConfig:
             )
 
     @property
+    def total_steps(self) -> int:
+        """``steps``, or their default."""
+        return 1000 if self.steps is None else self.steps
+
+    @property
     def rows(self) -> int:
         """Sequences of one micro-batch."""
-        return self.micro_batch or self.first_batch_size or self.batch_size
+        return getattr(self, self.rows_option)
+
+    @property
+    def rows_option(self) -> str:
+        """The option that says so."""
+        if self.micro_batch is not None:
+            return "micro_batch"
+        return "batch_size" if self.first_batch_size is None else "first_batch_size"
 
     def micro_batches(self, step: int) -> int:
         """How many micro-batches step ``step`` (from 0) accumulates."""
         first = self.first_batch_size or self.batch_size
-        ramp = batch_ramp(first, self.batch_size, round(self.steps * self.ramp_fraction), self.rows)
+        ramp_steps = round(self.total_steps * self.ramp_fraction)
+        ramp = batch_ramp(first, self.batch_size, ramp_steps, self.rows)
         return ramp(step) // self.rows
 
 
@@ -152,6 +169,7 @@ class Outcome(NamedTuple):
     finished: bool
     """False after SIGTERM or SIGINT: all is saved, ``--resume`` continues."""
     first_load_LE: np.ndarray
+    """Tokens per expert in the first step; 0 where none was made."""
     last_load_LE: np.ndarray
 
 
@@ -180,8 +198,15 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
             signal.signal(signum, handler)
 
 
+def stopped_at(step: int) -> str:
+    """What is said of a run that was asked to stop when it had made so many steps."""
+    if not step:
+        return "stopped before the first step, nothing was saved; begin again with --resume."
+    return f"stopped and saved at step {step}; continue with --resume."
+
+
 def fit(task: Task, config: LoopConfig, run: OpenRun, *, started: float | None = None) -> Outcome:
-    """Train from where the run stands to ``config.steps``.
+    """Train from where the run stands to ``config.total_steps``.
 
     ``started`` is when the stage began, by ``time.perf_counter``; the first step says how long
     it has been since.
@@ -191,7 +216,11 @@ def fit(task: Task, config: LoopConfig, run: OpenRun, *, started: float | None =
             good checkpoint is intact either way.
     """
     state, checkpointer, writer, restored = run
-    monitor = LossMonitor(max_consecutive=config.max_skips, min_margin=task.spike_margin)
+    monitor = LossMonitor(
+        max_consecutive=config.max_skips,
+        max_total=config.max_total_skips,
+        min_margin=task.spike_margin,
+    )
     first, tokens = run.step, 0
     first_load = last_load = None
     key = jax.random.key(config.init_seed)
@@ -217,15 +246,15 @@ def fit(task: Task, config: LoopConfig, run: OpenRun, *, started: float | None =
 
     step = first
     data_state = task.batches.get_state()
-    with stop_requests() as stop, Progress(config.steps, initial=first) as progress:
-        batch = _next_batch(task, config, step) if step < config.steps else None
-        while step < config.steps and not (stop() or distributed.stop_agreed(step)):
+    with stop_requests() as stop, Progress(config.total_steps, initial=first) as progress:
+        batch = _next_batch(task, config, step) if step < config.total_steps else None
+        while step < config.total_steps and not (stop() or distributed.stop_agreed(step)):
             began = time.perf_counter()
             assert batch is not None
             size = batch.tokens_BT.size
             state, metrics = train_step(state, batch, np.float32(monitor.threshold()), task.frozen)
             data_state = task.batches.get_state()
-            if step + 1 < config.steps:
+            if step + 1 < config.total_steps:
                 batch = _next_batch(task, config, step + 1)
             metrics = jax.device_get(metrics)
             ended = time.perf_counter()
@@ -247,7 +276,7 @@ def fit(task: Task, config: LoopConfig, run: OpenRun, *, started: float | None =
                 progress.print(f"step {step} skipped: loss {line['loss']:.4g}")
             shown = {name: line[name] for name in ("loss", *task.shown)}
             progress.update(step, tokens_per_s=size / seconds, **shown)
-            due = config.eval_every and step % config.eval_every == 0 and step < config.steps
+            due = config.eval_every and step % config.eval_every == 0 and step < config.total_steps
             if task.evaluate is not None and due:
                 evaluation = task.evaluate(state, config.eval_batches)
                 writer.write(step, evaluation.scalars())
@@ -263,11 +292,11 @@ def fit(task: Task, config: LoopConfig, run: OpenRun, *, started: float | None =
         if step > saved:
             save(step)
         checkpointer.wait()
-        if step < config.steps:
-            progress.print(f"stopped and saved at step {step}; continue with --resume.")
-    assert first_load is not None
-    assert last_load is not None
-    return Outcome(state, step, step == config.steps, first_load, last_load)
+        if step < config.total_steps:
+            progress.print(stopped_at(step))
+    if first_load is None or last_load is None:  # stopped before there was any
+        first_load = last_load = np.zeros(state.router_bias_LE.shape, np.int32)
+    return Outcome(state, step, step == config.total_steps, first_load, last_load)
 
 
 def compiler_options(mesh: Mesh, model: DeepSeekV3) -> dict[str, Any]:
@@ -327,8 +356,17 @@ def _scalars(
     return line
 
 
-def divide_batch(rows: int, seq_len: int, mesh: Mesh) -> Feed:
+def divide_batch(
+    rows: int,
+    seq_len: int,
+    mesh: Mesh,
+    *,
+    option: str = "the rows at a time",
+    resume: bool = False,
+) -> Feed:
     """This process's share of micro-batches of ``rows`` sequences.
+
+    ``option`` said how many, which a run that is resumed cannot change.
 
     Raises:
         UserError: if they cannot be divided evenly over the mesh.
@@ -336,9 +374,12 @@ def divide_batch(rows: int, seq_len: int, mesh: Mesh) -> Feed:
     where = NamedSharding(mesh, BATCH_SPEC)
     shards, parts = _parts(where, 1), _parts(where, 2)
     if rows % shards:
+        remedy = f"make {option} a multiple of {shards}."
+        if resume:
+            remedy = f"a run keeps its {option}, so choose a mesh whose batch shards divide {rows}."
         raise UserError(
             f"{rows} sequences cannot be divided over {shards} batch shards of the mesh "
-            f"({dict(mesh.shape)}); make micro_batch a multiple of {shards}."
+            f"({dict(mesh.shape)}); {remedy}"
         )
     if seq_len % parts:
         raise UserError(

@@ -42,7 +42,7 @@ class OptimConfig:
     """On matrices only: RMSNorm gains are not decayed."""
     clip_norm: float = 1.0
     ema_decay: float | None = None
-    """Keep a moving average of the parameters (see ``ema_params``)."""
+    """Keep a moving average of the parameters, in float32 (see ``ema_params``)."""
     mtp_weight: float = 0.3
     """Lambda of V3 Eq. 25 until ``constant_until``, ``mtp_weight_final`` after."""
     mtp_weight_final: float = 0.1
@@ -64,6 +64,19 @@ class OptimConfig:
             for name in names:
                 if not good(value := getattr(self, name)):
                     raise UserError(f"{name}={value} must be {rule}.")
+        # One that the schedule never comes to may be anything.
+        later = {"min_lr": self.constant_until, "final_lr": self.min_until}
+        above = [
+            name
+            for name, until in later.items()
+            if until < 1 and getattr(self, name) > self.peak_lr
+        ]
+        if above:
+            raise UserError(
+                f"the learning rate would rise from peak_lr={self.peak_lr} to "
+                f"{' and '.join(f'{name}={getattr(self, name)}' for name in above)}; lower "
+                f"{' and '.join(above)} to at most peak_lr, or raise peak_lr."
+            )
 
 
 # Comparisons that NaN fails.
@@ -77,6 +90,24 @@ _RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
         "0 or a positive number",
     ),
 )
+
+
+def constant_rate(rate: float) -> OptimConfig:
+    """One rate throughout, router biases as they were left: R1's for what starts from a policy.
+
+    Its decay is not published: none.
+    """
+    return OptimConfig(
+        peak_lr=rate,
+        min_lr=rate,
+        final_lr=rate,
+        warmup_steps=0,
+        constant_until=1.0,
+        cosine_until=1.0,
+        min_until=1.0,
+        weight_decay=0.0,
+        bias_speed=0.0,
+    )
 
 
 def learning_rate(config: OptimConfig, steps: int) -> Schedule:
@@ -159,17 +190,18 @@ class ParamsEma(NamedTuple):
 def params_ema(decay: float) -> optax.GradientTransformation:
     """Pass updates through and average the parameters they lead to; last in a chain.
 
-    Starts at the initial parameters; V3 keeps such an average without stating its decay.
+    Starts at the initial parameters; V3 keeps such an average without stating its decay. In
+    float32 whatever the parameters are: a step is too small for bfloat16 to hold.
     """
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, ParamsEma]:
-        after = optax.apply_updates(params, updates)
+        after = optax.tree.cast(optax.apply_updates(params, updates), jnp.float32)
         ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, after)
         return updates, ParamsEma(ema)
 
     def init(params: Any) -> ParamsEma:
         # A copy: the state is donated to the step beside the parameters.
-        return ParamsEma(jax.tree.map(jnp.copy, params))
+        return ParamsEma(jax.tree.map(lambda p: jnp.array(p, jnp.float32), params))
 
     return optax.GradientTransformation(init, update)
 

@@ -49,7 +49,7 @@ from deepseek_jax.train.run import (
 from deepseek_jax.train.step import init_state
 from deepseek_jax.types import TrainState, UserError
 
-_MAY_CHANGE = (*MAY_CHANGE, "prompt", "sample_tokens", "data.num_workers")
+_MAY_CHANGE = (*MAY_CHANGE, "prompt", "sample_tokens")
 
 
 @dataclass(frozen=True)
@@ -101,9 +101,15 @@ def pretrain(config: PretrainConfig) -> Result | None:
             "a config.json with a longer context as --model."
         )
     mesh = sharding.make_mesh(config.mesh)
-    feed = divide_batch(config.loop.rows, config.data.seq_len, mesh)
+    feed = divide_batch(
+        config.loop.rows,
+        config.data.seq_len,
+        mesh,
+        option=config.loop.rows_option,
+        resume=config.resume,
+    )
     config.parallel.check_rows(config.loop.rows // sharding.batch_shards(mesh))
-    learning_rate(config.optim, config.loop.steps)  # complains now of what cannot be
+    learning_rate(config.optim, config.loop.total_steps)  # complains now of what cannot be
     claim = functools.partial(
         claim_run_directory,
         config.out,
@@ -120,8 +126,8 @@ def pretrain(config: PretrainConfig) -> Result | None:
         config.parallel,
         whole_rows=not config.data.mask_documents,
     )
-    tx = make_optimizer(config.optim, config.loop.steps)
-    lam = mtp_weight(config.optim, config.loop.steps)
+    tx = make_optimizer(config.optim, config.loop.total_steps)
+    lam = mtp_weight(config.optim, config.loop.total_steps)
 
     def loss_fn(params, router_bias_LE, batch, totals, step):
         return pretrain_loss(model, params, router_bias_LE, batch, totals, lam(step))
@@ -207,7 +213,7 @@ def _finish(
         draw(config.out, outcome, {"token bigram": baselines.bigram, "gzip -9": baselines.gzip})
         if text is not None:
             (config.out / "sample.txt").write_text(text, encoding="utf-8")
-    with Progress(config.loop.steps) as console:
+    with Progress(config.loop.total_steps) as console:
         rows = [
             {"held-out split": config.out.name, "bits per byte": evaluation.bits_per_byte},
             {"held-out split": "token bigram (Kneser-Ney)", "bits per byte": baselines.bigram},

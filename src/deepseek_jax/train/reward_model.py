@@ -31,7 +31,13 @@ from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.model.transformer import DeepSeekV3
 from deepseek_jax.train.loop import LoopConfig, Outcome, Task, divide_batch, fit
 from deepseek_jax.train.losses import LossParts, Totals, hidden_states
-from deepseek_jax.train.optim import OptimConfig, bias_speed, learning_rate, make_optimizer
+from deepseek_jax.train.optim import (
+    OptimConfig,
+    bias_speed,
+    constant_rate,
+    learning_rate,
+    make_optimizer,
+)
 from deepseek_jax.train.run import (
     MAY_CHANGE,
     StageConfig,
@@ -211,6 +217,8 @@ def make_rows(rows: Sequence[list[int]], grades: Sequence[int], seq_len: int) ->
 
 _MAY_CHANGE = (*MAY_CHANGE, "save_every")
 
+REWARD_OPTIM = constant_rate(6e-6)  # R1 appendix B.1
+
 
 @dataclass(frozen=True)
 class RewardModelConfig(StageConfig):
@@ -232,8 +240,7 @@ class RewardModelConfig(StageConfig):
     save_every: int = 200
     """Steps between checkpoints; the last step is always saved."""
     precision: Precision = field(default_factory=Precision)
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(peak_lr=6e-6))
-    """R1's rate."""
+    optim: OptimConfig = REWARD_OPTIM
     seed: int = 0
 
 
@@ -257,7 +264,7 @@ def train_reward_model(config: RewardModelConfig) -> Outcome | None:
     tokenizer = Tokenizer.load(source / "tokenizer.json")
     mesh = sharding.make_mesh(config.mesh)
     rows = config.batch_size * len(examples[0].responses)
-    feed = divide_batch(rows, config.seq_len, mesh)
+    feed = divide_batch(rows, config.seq_len, mesh, option="batch_size", resume=config.resume)
     steps = len(examples) * config.epochs // config.batch_size
     if not steps:
         raise UserError(

@@ -29,7 +29,10 @@ from deepseek_jax.types import Batch, Rollout, UserError
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """How the policy is sampled; the numbers are R1-Zero's (section 2.1 and appendix B)."""
+    """How the policy is sampled; the numbers are R1-Zero's (section 2.1 and appendix B).
+
+    But for the length: its completions have up to 32,768 tokens, later 65,536.
+    """
 
     prompts: int = 32
     """P, questions per step."""

@@ -65,6 +65,7 @@ MAY_CHANGE = (
     "loop.keep_last",
     "loop.keep_every",
     "loop.max_skips",
+    "loop.max_total_skips",
 )
 
 
@@ -80,7 +81,8 @@ class StageConfig:
     init: Path | None = None
     """Start from these weights: a run's directory, or a Hugging Face folder."""
     mesh: str = "data=-1"
-    """Devices, as in ``data=2,expert=4``; -1 fills one axis."""
+    """Devices, as in ``data=2,expert=4``; the axes are data, fsdp, expert, context and tensor,
+    and -1 fills one."""
 
 
 @dataclass(frozen=True)
@@ -161,13 +163,13 @@ def run(
             model,
             course.tx,
             course.loss_fn,
-            bias_speed(config.optim, loop.steps),
+            bias_speed(config.optim, loop.total_steps),
             axes=trainee.axes,
             frozen_axes=trainee.frozen_axes,
         ),
         batches=TrainRows(course.open_stream, feed, course.streams),
         feed=feed,
-        learning_rate=learning_rate(config.optim, loop.steps),
+        learning_rate=learning_rate(config.optim, loop.total_steps),
         evaluate=evaluate,
         flops_per_token=training_flops_per_token(model.config, course.seq_len),
         peak_flops=peak and peak * mesh.size,
@@ -202,11 +204,11 @@ def open_run(
     """
     with Checkpointer(config.out, keep_last=loop.keep_last, keep_every=loop.keep_every) as saver:
         restored = saver.restore_latest(abstract) if config.resume else None
-        if restored is not None and restored.step > loop.steps:
+        if restored is not None and restored.step > loop.total_steps:
             raise UserError(
                 f"{config.out} has made {restored.step} steps already, more than "
-                f"steps={loop.steps}; ask for more steps, give it all the data that it was started "
-                "with, or use what it has saved."
+                f"steps={loop.total_steps}; ask for more steps, give it all the data that it was "
+                "started with, or use what it has saved."
             )
         state = restored.state if restored else fresh_state(abstract)
         claim()
@@ -341,7 +343,7 @@ def _announce(config: RunConfig, trainee: Trainee, mesh: Mesh, step: int) -> Non
     trained = sum(leaf.size for leaf in jax.tree.leaves(trainee.abstract))
     part = "" if trained >= counts.total else f", {trained:,} of them trained"
     used = {axis: size for axis, size in mesh.shape.items() if size > 1} or {"data": 1}
-    with Progress(config.loop.steps) as console:
+    with Progress(config.loop.total_steps) as console:
         console.print(
             f"{counts.total:,} parameters ({counts.active:,} active, {counts.mtp:,} in MTP){part}, "
             f"mesh {','.join(f'{k}={v}' for k, v in used.items())} of "

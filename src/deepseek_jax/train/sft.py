@@ -48,7 +48,9 @@ from deepseek_jax.types import Params, TrainState, UserError
 
 _MAY_CHANGE = (*MAY_CHANGE, "samples", "sample_tokens", "inspect")
 
-# V3 section 5.1: cosine from 5e-6 to 1e-6. Lambda of the MTP loss as at the end of pretraining.
+# V3 section 5.1: two epochs, and a cosine from 5e-6 to 1e-6. Lambda of the MTP loss as at the end
+# of pretraining.
+SFT_EPOCHS = 2.0
 SFT_OPTIM = OptimConfig(
     peak_lr=5e-6,
     min_lr=1e-6,
@@ -70,8 +72,8 @@ class SftConfig(RunConfig):
     out: Path = Path("out/sft")
     inspect: bool = False
     """Show the first packed rows, token by token, and do nothing else."""
-    epochs: float | None = 2.0
-    """Passes over the conversations, which make ``steps``; None: ``steps`` as they are said."""
+    epochs: float | None = None
+    """Passes over the conversations, instead of ``steps``; neither: 2, as V3's."""
     mtp: bool = True
     """Train the MTP modules too; else they stay as they are."""
     samples: int = 2
@@ -106,12 +108,23 @@ def sft(config: SftConfig) -> SftResult | None:
     source = config.out if config.resume else config.init
     if source is None:
         raise UserError("fine-tuning starts from weights: name a run or a folder with --init.")
+    if not (config.resume or config.epochs is None or config.loop.steps is None):
+        raise UserError(
+            f"epochs={config.epochs:g} and steps={config.loop.steps} both say how long the run is; "
+            "give one of them."
+        )
     config.lora.check(config.remat)
     model_config = model_of(source)
     config = _with_rows(config, model_config)
     data_config = config.conversations
     mesh = sharding.make_mesh(config.mesh)
-    feed = divide_batch(config.loop.rows, data_config.row_tokens, mesh)
+    feed = divide_batch(
+        config.loop.rows,
+        data_config.row_tokens,
+        mesh,
+        option=config.loop.rows_option,
+        resume=config.resume,
+    )
     config.parallel.check_rows(config.loop.rows // sharding.batch_shards(mesh))
     tokenizer = Tokenizer.load(source / "tokenizer.json")
     check_vocabulary(tokenizer, model_config)
@@ -124,7 +137,7 @@ def sft(config: SftConfig) -> SftResult | None:
     config = _with_steps(config, survey)
     if config.init is not None:  # a LoRA run is nothing without it, wherever it is read from
         config = dataclasses.replace(config, init=config.init.absolute())
-    learning_rate(config.optim, config.loop.steps)  # complains now of what cannot be
+    learning_rate(config.optim, config.loop.total_steps)  # complains now of what cannot be
     claim = functools.partial(
         claim_run_directory,
         config.out,
@@ -134,8 +147,8 @@ def sft(config: SftConfig) -> SftResult | None:
     )
     claim(dry_run=True)
     model = DeepSeekV3(model_config, config.precision, config.remat, config.parallel)
-    tx = make_optimizer(config.optim, config.loop.steps, None if config.mtp else in_mtp)
-    lam = mtp_weight(config.optim, config.loop.steps)
+    tx = make_optimizer(config.optim, config.loop.total_steps, None if config.mtp else in_mtp)
+    lam = mtp_weight(config.optim, config.loop.total_steps)
 
     def loss_fn(params, router_bias_LE, batch, totals, step, **frozen):
         weight = lam(step) if config.mtp else None
@@ -149,7 +162,7 @@ def sft(config: SftConfig) -> SftResult | None:
         claim()
         if jax.process_index() == 0:
             _write_files(config, source, tokenizer, template)
-        with Progress(config.loop.steps) as console:
+        with Progress(config.loop.total_steps) as console:
             console.print(str(survey) if survey else "continuing on the same conversations")
 
     with jax.set_mesh(mesh):
@@ -189,13 +202,14 @@ def _with_rows(config: SftConfig, model: ModelConfig) -> SftConfig:
 
 
 def _with_steps(config: SftConfig, survey: Survey | None) -> SftConfig:
-    """With the steps that the epochs make."""
-    if config.epochs is None:
+    """With the steps that the epochs make, or made when the run was started."""
+    if config.loop.steps is not None:
         return config
     if survey is None:
         steps = int(read_run(local_path(config.out))["loop"]["steps"])
     else:
-        steps = epoch_steps(survey.rows, config.epochs, config.loop.batch_size)
+        epochs = SFT_EPOCHS if config.epochs is None else config.epochs
+        steps = epoch_steps(survey.rows, epochs, config.loop.batch_size)
     return dataclasses.replace(config, loop=dataclasses.replace(config.loop, steps=steps))
 
 
@@ -298,7 +312,7 @@ def _finish(
     if jax.process_index() == 0:
         draw(config.out, outcome, {})
     text = answers(outcome.state, outcome.step)
-    with Progress(config.loop.steps) as console:
+    with Progress(config.loop.total_steps) as console:
         row = {"held-out conversations": config.out.name, "nats per token": evaluation.loss}
         console.console.print(summary_table([row]))
         console.print(f"{text}\n\npictures: {config.out / 'loss.png'}")
