@@ -53,7 +53,7 @@ class LoopConfig:
     max_skips: int = 8
     """Steps skipped in a row (loss not finite, or a spike) after which the run stops."""
     max_total_skips: int = 100
-    """Steps skipped since its beginning after which the run stops."""
+    """Steps skipped in all after which it stops."""
     init_seed: int = 0
     """Of the initial weights, and of the sample at the end."""
 

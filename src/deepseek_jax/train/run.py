@@ -81,8 +81,7 @@ class StageConfig:
     init: Path | None = None
     """Start from these weights: a run's directory, or a Hugging Face folder."""
     mesh: str = "data=-1"
-    """Devices, as in ``data=2,expert=4``; the axes are data, fsdp, expert, context and tensor,
-    and -1 fills one."""
+    """Devices over data, fsdp, expert, context and tensor, as in data=2,expert=4; -1 fills one."""
 
 
 @dataclass(frozen=True)
