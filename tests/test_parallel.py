@@ -111,6 +111,7 @@ def test_eight_devices_train_as_one(mesh, parallel):
     check(V3, mesh, parallel)
 
 
+@pytest.mark.slow
 def test_interleaved_halves_train_as_one():
     """Two rows per device, each a half."""
     config = V3.replace(num_hidden_layers=2, num_nextn_predict_layers=0)

@@ -252,7 +252,7 @@ def test_routing_is_reported_as_it_was():
     assert np.abs(replayed - logits(other_bias, jnp.full_like(kept, -1))).max() > 1e-3
 
 
-@pytest.mark.parametrize("drafts", [0, 2])
+@pytest.mark.parametrize("drafts", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_what_could_have_been_drawn_is_reported(drafts):
     """Log-probabilities over the kept tokens alone are the sampler's."""
     model, params, bias = setup()

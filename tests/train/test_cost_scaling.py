@@ -43,6 +43,7 @@ def test_the_base_point_belongs_to_all_sweeps_and_sequences_share_its_tokens():
     }
 
 
+@pytest.mark.slow
 def test_what_was_measured_becomes_a_table_and_a_picture(tmp_path, capsys):
     slice_ = "--model tiny --layers 1 --dense 0 --vocab 128 --compute float32 --moments float32"
     sizes = "--experts 8 --seq 16 --batch 2 --steps 2 --sweeps experts --experts-sweep 8"

@@ -84,6 +84,7 @@ def test_fp8_learns_as_float32_does():
     assert not np.array_equal(got, expected)
 
 
+@pytest.mark.slow
 def test_fp8_on_a_mesh():
     """Gathered weights, experts on several devices: the same first steps, to FP8's rounding."""
     alone, spread = losses(FP8, "data=1", 4), losses(FP8, "fsdp=2,expert=2", 4)
@@ -154,6 +155,7 @@ def test_activations_kept_for_the_backward_pass_shrink():
     assert fp8["MoE"]["float8_e4m3fn"] == attention + shared + routed
 
 
+@pytest.mark.slow
 def test_what_selective_keeps_shrinks_too():
     """A token in FP8 instead of nothing, but SwiGLU's inputs in a byte each instead of two."""
     c, seq_len = preset("small"), 128

@@ -97,7 +97,25 @@ def test_batch_ramp_goes_up_in_whole_micro_batches():
 
 def test_loop_accumulates_the_ramp():
     loop = LoopConfig(steps=10, batch_size=16, micro_batch=4, first_batch_size=4, ramp_fraction=0.4)
-    assert [loop.micro_batches(step) for step in range(6)] == [1, 1, 2, 3, 4, 4]
+    # Stairs of 4, 8 and 12 sequences: two steps of each are the nearest to 0.4 of all sequences.
+    assert [loop.micro_batches(step) for step in range(10)] == [1, 1, 2, 2, 3, 3, 4, 4, 4, 4]
+
+
+def test_the_report_counts_tokens_and_not_steps():
+    """V3: 15,360 sequences of 4096 tokens, 3072 at first; 469B of 14.8T tokens are the ramp's."""
+    loop = LoopConfig(steps=241_000, batch_size=15_360, micro_batch=512, first_batch_size=3072)
+    sizes = np.array([loop.micro_batches(step) * 512 for step in range(20_000)])
+    seen = np.cumsum(np.append(sizes, np.full(loop.total_steps - len(sizes), 15_360)))
+    assert seen[loop.ramp_steps - 1] / seen[-1] == pytest.approx(0.469 / 14.8, rel=1e-3)
+    assert sizes[loop.ramp_steps - 1] < sizes[loop.ramp_steps] == 15_360
+    schedule = loop.in_steps(OptimConfig())
+    for name, trillions in (("constant_until", 10), ("cosine_until", 14.3), ("min_until", 14.633)):
+        step = round(getattr(schedule, name) * loop.total_steps)
+        assert seen[step - 1] / seen[-1] == pytest.approx(trillions / 14.8, rel=1e-4)
+    early = loop.in_steps(OptimConfig(constant_until=0.01))  # inside the ramp
+    step = round(early.constant_until * loop.total_steps)
+    assert seen[step - 1] / seen[-1] == pytest.approx(0.01, rel=1e-3)
+    assert LoopConfig(steps=100).in_steps(OptimConfig()) == OptimConfig()
 
 
 @pytest.mark.parametrize(
@@ -245,6 +263,7 @@ def losses(precision: Precision, steps: int = 60, **options: str) -> np.ndarray:
     return np.array(found).reshape(-1, 4).mean(1)
 
 
+@pytest.mark.slow
 def test_bfloat16_moments_learn_like_float32_ones():
     exact, moments = losses(EXACT), losses(EXACT, moments="bfloat16")
     assert exact[-1] < 0.5 * exact[0]

@@ -5,6 +5,7 @@ import dataclasses
 import math
 import os
 import signal
+import statistics
 import time
 import types
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.data.feed import Feed, TrainRows, make_feed
 from deepseek_jax.model.transformer import DeepSeekV3
 from deepseek_jax.report import LossMonitor, MetricsWriter, Progress
-from deepseek_jax.train.optim import Schedule, batch_ramp
+from deepseek_jax.train.optim import OptimConfig, Schedule, batch_ramp, batch_ramp_stairs
 from deepseek_jax.train.step import BATCH_SPEC, Metrics, TrainStep
 from deepseek_jax.types import Batch, Params, TrainState, UserError
 
@@ -40,7 +41,7 @@ class LoopConfig:
     first_batch_size: int | None = None
     """Where the batch-size ramp begins (V3: 3072). None: no ramp."""
     ramp_fraction: float = 0.469 / 14.8
-    """Share of the run that the ramp takes (V3: 469B of 14.8T)."""
+    """Share of the run's tokens that the ramp takes (V3: 469B of 14.8T)."""
     eval_every: int = 200
     """Steps between evaluations on the held-out split; 0: at the end alone."""
     eval_batches: int | None = 8
@@ -97,10 +98,46 @@ class LoopConfig:
 
     def micro_batches(self, step: int) -> int:
         """How many micro-batches step ``step`` (from 0) accumulates."""
+        return self._ramp(self.ramp_steps)(step) // self.rows
+
+    @property
+    def ramp_steps(self) -> int:
+        """Steps of the ramp: more than its share of them, as its batches are smaller."""
+        if self.first_batch_size is None:
+            return 0
+        stairs = batch_ramp_stairs(self.first_batch_size, self.batch_size, self.rows)
+        mean = statistics.mean(map(self._ramp(stairs), range(stairs)))
+        share, last = self.ramp_fraction, self.batch_size
+        # Of r steps of it: r mean = share (r mean + (total - r) last).
+        return round(share * self.total_steps * last / (mean * (1 - share) + share * last))
+
+    def _ramp(self, steps: int) -> Callable[[int], int]:
         first = self.first_batch_size or self.batch_size
-        ramp_steps = round(self.total_steps * self.ramp_fraction)
-        ramp = batch_ramp(first, self.batch_size, ramp_steps, self.rows)
-        return ramp(step) // self.rows
+        return batch_ramp(first, self.batch_size, steps, self.rows)
+
+    def in_steps(self, optim: OptimConfig) -> OptimConfig:
+        """The schedule with its fractions, which are of tokens, as fractions of the steps.
+
+        They differ where there is a ramp, since a step of it sees less.
+        """
+        if self.first_batch_size is None:
+            return optim
+        steps, size = self.ramp_steps, self._ramp(self.ramp_steps)
+        seen = np.cumsum([0, *map(size, range(steps))])
+        total = seen[-1] + (self.total_steps - steps) * self.batch_size
+
+        def of_steps(fraction: float) -> float:
+            wanted = fraction * total
+            if wanted <= seen[-1]:
+                return float(np.searchsorted(seen, wanted)) / self.total_steps
+            return min((steps + (wanted - seen[-1]) / self.batch_size) / self.total_steps, 1.0)
+
+        return dataclasses.replace(
+            optim,
+            constant_until=of_steps(optim.constant_until),
+            cosine_until=of_steps(optim.cosine_until),
+            min_until=of_steps(optim.min_until),
+        )
 
 
 class Evaluation(NamedTuple):

@@ -28,11 +28,11 @@ class OptimConfig:
     warmup_steps: int | None = None
     """None: V3's 2000, or a twentieth of a shorter run."""
     constant_until: float = 10 / 14.8
-    """Fraction of the run at which the cosine begins."""
+    """Fraction of the run's tokens at which the cosine begins."""
     cosine_until: float = 14.3 / 14.8
-    """Fraction of the run at which ``min_lr`` is reached."""
+    """Fraction of the tokens at which ``min_lr`` is reached."""
     min_until: float = (14.3 + 0.333) / 14.8
-    """Fraction of the run at which ``final_lr`` begins."""
+    """Fraction of the tokens at which ``final_lr`` begins."""
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
@@ -111,7 +111,9 @@ def constant_rate(rate: float) -> OptimConfig:
 
 
 def learning_rate(config: OptimConfig, steps: int) -> Schedule:
-    """V3's schedule stretched over ``steps``.
+    """V3's schedule stretched over ``steps``, all of which are taken to see as many tokens.
+
+    Where they do not, the config is to be `LoopConfig.in_steps`.
 
     Raises:
         UserError: if the warmup does not fit before the cosine.
@@ -153,13 +155,18 @@ def bias_speed(config: OptimConfig, steps: int) -> Schedule:
     return lambda step: jnp.where(step < change, config.bias_speed, 0.0)
 
 
+def batch_ramp_stairs(first: int, last: int, multiple: int) -> int:
+    """Sizes that a ramp goes through before it has reached ``last``."""
+    return min(8, max(1, (last - first) // multiple))
+
+
 def batch_ramp(first: int, last: int, ramp_steps: int, multiple: int) -> Callable[[int], int]:
     """Sequences per step: from ``first`` to ``last`` in at most eight equal stairs.
 
     V3 went from 3072 to 15,360 over its first 469B tokens without giving the shape; stairs,
     because every distinct size is compiled once. All sizes are multiples of ``multiple``.
     """
-    stairs = min(8, max(1, (last - first) // multiple))
+    stairs = batch_ramp_stairs(first, last, multiple)
 
     def size(step: int) -> int:
         if step >= ramp_steps:

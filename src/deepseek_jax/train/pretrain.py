@@ -109,7 +109,7 @@ def pretrain(config: PretrainConfig) -> Result | None:
         resume=config.resume,
     )
     config.parallel.check_rows(config.loop.rows // sharding.batch_shards(mesh))
-    learning_rate(config.optim, config.loop.total_steps)  # complains now of what cannot be
+    learning_rate(config.schedule, config.loop.total_steps)  # complains now of what cannot be
     claim = functools.partial(
         claim_run_directory,
         config.out,
@@ -126,8 +126,8 @@ def pretrain(config: PretrainConfig) -> Result | None:
         config.parallel,
         whole_rows=not config.data.mask_documents,
     )
-    tx = make_optimizer(config.optim, config.loop.total_steps)
-    lam = mtp_weight(config.optim, config.loop.total_steps)
+    tx = make_optimizer(config.schedule, config.loop.total_steps)
+    lam = mtp_weight(config.schedule, config.loop.total_steps)
 
     def loss_fn(params, router_bias_LE, batch, totals, step):
         return pretrain_loss(model, params, router_bias_LE, batch, totals, lam(step))

@@ -96,6 +96,11 @@ class RunConfig(StageConfig):
     loop: LoopConfig = field(default_factory=LoopConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
 
+    @property
+    def schedule(self) -> OptimConfig:
+        """``optim`` with fractions of the steps, where the batch-size ramp makes that another."""
+        return self.loop.in_steps(self.optim)
+
 
 Config = TypeVar("Config", bound=StageConfig)
 
@@ -162,13 +167,13 @@ def run(
             model,
             course.tx,
             course.loss_fn,
-            bias_speed(config.optim, loop.total_steps),
+            bias_speed(config.schedule, loop.total_steps),
             axes=trainee.axes,
             frozen_axes=trainee.frozen_axes,
         ),
         batches=TrainRows(course.open_stream, feed, course.streams),
         feed=feed,
-        learning_rate=learning_rate(config.optim, loop.total_steps),
+        learning_rate=learning_rate(config.schedule, loop.total_steps),
         evaluate=evaluate,
         flops_per_token=training_flops_per_token(model.config, course.seq_len),
         peak_flops=peak and peak * mesh.size,

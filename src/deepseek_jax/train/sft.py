@@ -137,7 +137,7 @@ def sft(config: SftConfig) -> SftResult | None:
     config = _with_steps(config, survey)
     if config.init is not None:  # a LoRA run is nothing without it, wherever it is read from
         config = dataclasses.replace(config, init=config.init.absolute())
-    learning_rate(config.optim, config.loop.total_steps)  # complains now of what cannot be
+    learning_rate(config.schedule, config.loop.total_steps)  # complains now of what cannot be
     claim = functools.partial(
         claim_run_directory,
         config.out,
@@ -147,8 +147,8 @@ def sft(config: SftConfig) -> SftResult | None:
     )
     claim(dry_run=True)
     model = DeepSeekV3(model_config, config.precision, config.remat, config.parallel)
-    tx = make_optimizer(config.optim, config.loop.total_steps, None if config.mtp else in_mtp)
-    lam = mtp_weight(config.optim, config.loop.total_steps)
+    tx = make_optimizer(config.schedule, config.loop.total_steps, None if config.mtp else in_mtp)
+    lam = mtp_weight(config.schedule, config.loop.total_steps)
 
     def loss_fn(params, router_bias_LE, batch, totals, step, **frozen):
         weight = lam(step) if config.mtp else None
