@@ -2,6 +2,7 @@
 
 import contextlib
 import faulthandler
+import functools
 import os
 import statistics
 import time
@@ -10,6 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
+
+
+def _run(f: Callable, inputs: Sequence[tuple], count: int) -> float:
+    """Seconds of so many calls, the inputs taken in turn."""
+    out = None
+    start = time.perf_counter()
+    for i in range(count):
+        out = f(*inputs[i % len(inputs)])
+    jax.block_until_ready(out)
+    return time.perf_counter() - start
 
 
 def median_seconds(
@@ -22,15 +33,7 @@ def median_seconds(
     not counted. ``inputs`` are taken in turn: several sets keep one call from reading what another
     has left in the cache. What takes longer than 10 ms is called a few times only.
     """
-
-    def run(count: int) -> float:
-        out = None
-        start = time.perf_counter()
-        for i in range(count):
-            out = f(*inputs[i % len(inputs)])
-        jax.block_until_ready(out)
-        return time.perf_counter() - start
-
+    run = functools.partial(_run, f, inputs)
     run(len(inputs) + 1)  # compiles and warms up
     short = 5
     if run(1) > 0.01:
@@ -47,15 +50,7 @@ def sustained_seconds(
     the clock falls after some tenths of a second. A short run is timed before it does, and so
     favours what is fast over what takes little energy.
     """
-
-    def run(count: int) -> float:
-        out = None
-        start = time.perf_counter()
-        for i in range(count):
-            out = f(*inputs[i % len(inputs)])
-        jax.block_until_ready(out)
-        return time.perf_counter() - start
-
+    run = functools.partial(_run, f, inputs)
     run(len(inputs))  # compiles
     once = run(3) / 3
     run(max(1, round(warm / once)))

@@ -5,7 +5,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import backend, reference
 from pallas_kernels.backend import Impl
-from pallas_kernels.reference import Quantized, has_tile_scales
+from pallas_kernels.reference import Quantized, check_product
 
 
 def fp8_matmul(
@@ -32,12 +32,7 @@ def fp8_matmul(
         ValueError: if the operands do not fit one another, or ``a`` has block scales.
     """
     backend.check_impl("fp8_matmul", impl, ("auto", "hopper", "tpu", "reference"))
-    if a.values.shape[-1] != b.shape[-1]:
-        raise ValueError(
-            f"fp8_matmul: contracted sizes differ: {a.values.shape[-1]} and {b.shape[-1]}"
-        )
-    if not has_tile_scales(a):
-        raise ValueError("fp8_matmul: the left operand needs 1x128 tile scales")
+    check_product(a, b)
     if impl == "auto":
         impl = _pick()
     if impl == "reference":

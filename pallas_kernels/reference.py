@@ -224,6 +224,18 @@ def has_tile_scales(q: Quantized) -> bool:
     return q.scale.shape == (*lead, -(-k // TILE), rows)
 
 
+def check_product(a: Quantized, b: Quantized) -> None:
+    """Refuse operands of a product of which the left one has not tiles, or that do not fit.
+
+    Raises:
+        ValueError: naming what is wrong.
+    """
+    if a.values.shape[-1] != b.shape[-1]:
+        raise ValueError(f"contracted sizes differ: {a.values.shape[-1]} and {b.shape[-1]}")
+    if not has_tile_scales(a):
+        raise ValueError("the left operand needs 1x128 tile scales")
+
+
 def _tile_scales(q: Quantized) -> Float[Array, "*G k R"]:
     """Scales as 1x128 tiles, whichever form they have."""
     if not has_block_scales(q):

@@ -18,7 +18,7 @@ group have tiles too, which load nothing and store zeros.
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.hopper import compat
-from pallas_kernels.hopper.ring import Ring
+from pallas_kernels.hopper.ring import REGISTERS, Ring, empty_barriers, in_cluster
 from pallas_kernels.reference import TILE, Quantized
 
 _ROWS = 64  # of a consumer, in each part of a tile
@@ -40,7 +40,6 @@ _STORE_COLUMNS = 64  # 128 bytes of bfloat16: the alignment that TMA asks of a r
 _STEP_BYTES = 128  # of K in a stage: 64 bfloat16 or 128 E4M3
 _STAGES = 4
 _CHUNK_ROWS = 2048  # whose tiles share the columns of a weight before the next columns' turn
-_REGISTERS = {2: (40, 232), 3: (32, 160)}  # of a producer's thread and a consumer's, by consumers
 
 
 class Form(NamedTuple):
@@ -249,18 +248,7 @@ class _Kernel:
             edge_smem=plgpu.SMEM(edge, jnp.bfloat16),
             full=plgpu.Barrier(num_arrivals=2 + self.fp8, num_barriers=_STAGES),
             full_second=plgpu.Barrier(num_barriers=_STAGES) if len(form.parts) == 2 else None,
-            empty=(
-                plgpu.Barrier(num_arrivals=form.warpgroups, num_barriers=_STAGES)
-                if self.cluster == 1
-                else plgpu.ClusterBarrier(
-                    collective_axes=("cluster",),
-                    num_arrivals=form.warpgroups,
-                    num_barriers=_STAGES,
-                )
-            ),
-        )
-        in_cluster: dict[str, Any] = (
-            dict(cluster=(2,), cluster_names=("cluster",)) if self.cluster == 2 else {}
+            empty=empty_barriers(form.warpgroups, _STAGES, self.cluster),
         )
         names = [name for name, spec in scratch.items() if spec is not None]
 
@@ -296,13 +284,13 @@ class _Kernel:
             num_threads=form.warpgroups + 1,
             thread_name="warpgroup",
             scratch_types=[scratch[name] for name in names],
-            **in_cluster,
+            **in_cluster(self.cluster),
         )
 
     def produce(self, steps, tile, a, b, a_scale, refs):
         """Keep the ring full; what the second part needs has a barrier of its own."""
         form = self.form
-        plgpu.set_max_registers(_REGISTERS[form.warpgroups][0], action="decrease")
+        plgpu.set_max_registers(REGISTERS[form.warpgroups][0], action="decrease")
         load = plgpu.copy_gmem_to_smem
         shared = "cluster" if self.cluster == 2 else None
 
@@ -349,7 +337,7 @@ class _Kernel:
 
     def consume(self, steps, tile, warpgroup, b_scale, out, refs):
         """Multiply and store one tile after the other."""
-        plgpu.set_max_registers(_REGISTERS[self.form.warpgroups][1], action="increase")
+        plgpu.set_max_registers(REGISTERS[self.form.warpgroups][1], action="increase")
         mainloop = self.sum_fp8 if self.fp8 else self.sum_bf16
 
         @plgpu.nd_loop(steps, collective_axes="sm", init_carry=jnp.int32(0))

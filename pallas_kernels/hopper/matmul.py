@@ -22,7 +22,6 @@ Why the pieces are as they are (the budget is in docs/performance.md):
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,14 +31,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.hopper import compat, tilings
-from pallas_kernels.hopper.ring import Ring
-from pallas_kernels.reference import TILE, Quantized, RaggedTiles, has_block_scales
+from pallas_kernels.hopper.ring import REGISTERS, Ring, empty_barriers, in_cluster
+from pallas_kernels.reference import TILE, Quantized, RaggedTiles, check_product, has_block_scales
 
 _ROWS = 64  # rows of one wgmma instruction
 _STORE_BYTES = 128  # width of a chunk of the result on its way out: one swizzle
 _SHARED_BYTES = 227 * 1024 - 2048  # of a block, less what barriers and alignment take
-# Of a thread of the producer and of a consumer, by the number of consumers; as they come for one.
-_REGISTERS = {2: (40, 232), 3: (32, 160)}
 _MANY_ROWS = 16384
 # What a product of few rows costs, in units of the time in which memory delivers a block of 128x128
 # to anyone: a multiprocessor takes one step of K in so many (0.4 us where memory delivers 3 TB/s),
@@ -155,12 +152,9 @@ def fp8_matmul(
         tiling: Instead of the default of `choose_tiling`.
         interpret: Simulate on the CPU. Needs jax 0.11; 0.12 unless ``tiling.shared`` is "none".
     """
-    (m, k), (n, k_b) = a.values.shape, b.shape
-    if k_b != k:
-        raise ValueError(f"contracted sizes differ: {k} and {k_b}")
+    check_product(a, b)
+    (m, k), (n, _) = a.values.shape, b.shape
     b_in_tiles = not has_block_scales(b)
-    if a.scale.shape != (pl.cdiv(k, TILE), m):
-        raise ValueError("the left operand needs 1x128 tile scales")
     multiprocessors = compat.multiprocessors()
     tiling = tiling or choose_tiling(
         m,
@@ -370,20 +364,9 @@ class _Kernel:
             # Arrivals: the first wave's rows of a, its scales, b (and its scales).
             full=plgpu.Barrier(num_arrivals=3 + self.b_in_tiles, num_barriers=ring),
             full_second=plgpu.Barrier(num_barriers=ring) if self.tiling.waves == 2 else None,
-            empty=(
-                plgpu.Barrier(num_arrivals=self.tiling.warpgroups, num_barriers=ring)
-                if self.cluster == 1
-                else plgpu.ClusterBarrier(
-                    collective_axes=("cluster",),
-                    num_arrivals=self.tiling.warpgroups,
-                    num_barriers=ring,
-                )
-            ),
+            empty=empty_barriers(self.tiling.warpgroups, ring, self.cluster),
         )
         names = [name for name, spec in scratch.items() if spec is not None]
-        in_cluster: dict[str, Any] = (
-            dict(cluster=(2,), cluster_names=("cluster",)) if self.cluster == 2 else {}
-        )
 
         def body(*refs):
             groups, refs = (refs[:2], refs[2:]) if self.groups else (None, refs)
@@ -409,13 +392,13 @@ class _Kernel:
             num_threads=self.tiling.warpgroups + 1,
             thread_name="warpgroup",
             scratch_types=[scratch[name] for name in names],
-            **in_cluster,
+            **in_cluster(self.cluster),
         )
 
     def produce(self, groups, a, b, a_scale, b_scale, refs):
         """Keep the ring full; what the consumers still have to read must not be overwritten."""
-        if self.tiling.warpgroups in _REGISTERS:
-            plgpu.set_max_registers(_REGISTERS[self.tiling.warpgroups][0], action="decrease")
+        if self.tiling.warpgroups in REGISTERS:
+            plgpu.set_max_registers(REGISTERS[self.tiling.warpgroups][0], action="decrease")
         a_axis = "cluster" if self.tiling.shared == "a" else None
         b_axis = "cluster" if self.tiling.shared == "b" else None
 
@@ -454,8 +437,8 @@ class _Kernel:
 
     def consume(self, groups, warpgroup, b_scale, out, refs):
         """Multiply, promote, and store one tile after the other."""
-        if self.tiling.warpgroups in _REGISTERS:
-            plgpu.set_max_registers(_REGISTERS[self.tiling.warpgroups][1], action="increase")
+        if self.tiling.warpgroups in REGISTERS:
+            plgpu.set_max_registers(REGISTERS[self.tiling.warpgroups][1], action="increase")
         rows = pl.ds(warpgroup * _ROWS, _ROWS)
         tile_shape = (_ROWS, TILE)
         last_block = b_scale.shape[0] - 1

@@ -1,12 +1,28 @@
 """The ring of shared-memory stages between a producer warpgroup and its consumers."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
+# Of a thread of the producer and of a consumer, by the number of consumers; as they come for one.
+REGISTERS = {2: (40, 232), 3: (32, 160)}
+
+
+def empty_barriers(consumers: int, stages: int, cluster: int):
+    """By which consumers give stages back, to the producers of all blocks that share them."""
+    sizes = dict(num_arrivals=consumers, num_barriers=stages)
+    if cluster == 1:
+        return plgpu.Barrier(**sizes)
+    return plgpu.ClusterBarrier(collective_axes=("cluster",), **sizes)
+
+
+def in_cluster(blocks: int) -> dict[str, Any]:
+    """What a kernel is given to run in clusters of so many blocks along the axis "cluster"."""
+    return dict(cluster=(blocks,), cluster_names=("cluster",)) if blocks > 1 else {}
 
 
 class Position(NamedTuple):

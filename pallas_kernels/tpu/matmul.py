@@ -14,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from pallas_kernels import backend
-from pallas_kernels.reference import TILE, Quantized, has_block_scales
+from pallas_kernels.reference import TILE, Quantized, check_product, has_block_scales
 
 # Tiles of K per step of the grid: the rows of one FP32 register, so that scales fill it.
 _TILES = 8
@@ -46,11 +46,8 @@ def fp8_matmul(
         interpret: Run on the CPU.
     """
     (m, k), n = a.values.shape, b.values.shape[0]
-    if b.values.shape[1] != k:
-        raise ValueError(f"contracted sizes differ: {k} and {b.values.shape[1]}")
+    check_product(a, b)
     tiles = pl.cdiv(k, TILE)
-    if a.scale.shape != (tiles, m):
-        raise ValueError("the left operand needs 1x128 tile scales")
     b_scale = b.scale
     if has_block_scales(b):
         # 3% of the bytes of b, for one form of kernel instead of two.
